@@ -1,0 +1,1 @@
+"""The DeepSeek transformer: latent attention, mixture of experts, multi-token prediction. Nothing asks for a rank."""

@@ -1,0 +1,81 @@
+"""The whole model: embedding, blocks, final norm, head, and the multi-token prediction modules beside them.
+
+Letters: B rows, T tokens, d hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benthic.model.block import Block, Context
+from benthic.model.cache import CacheView
+from benthic.model.config import ModelConfig
+from benthic.model.gate import Choice, Gate
+from benthic.model.linear import Linear, RMSNorm
+from benthic.model.mtp import MTP
+from benthic.parallel.dispatch import Dispatcher, LocalDispatcher
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3. Parameters may be float32 masters; arithmetic runs in `dtype`. Holds no counters and no cache."""
+
+    def __init__(
+        self, config: ModelConfig, *, dispatcher: Dispatcher | None = None, dtype: torch.dtype = torch.float32
+    ):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        dispatcher = dispatcher or LocalDispatcher()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i, dispatcher) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTP(config, k, dispatcher) for k in range(config.num_nextn_predict_layers))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> [B, T, d] in the compute dtype."""
+        return F.embedding(ids, self.embed_tokens.weight).to(self.dtype)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: CacheView | None = None,
+    ) -> tuple[Tensor, list[Choice]]:
+        """ids [B, T] -> hidden states after the final norm [B, T, d], and each mixture layer's choice of experts.
+
+        With a cache view the pass is absorbed and cached (positions [B, T] required); otherwise expanded and causal.
+        """
+        context = Context.of(self.config, ids, positions, segments, cache)
+        x, choices = self.embed(ids), []
+        for layer in self.layers:
+            x, choice = layer(x, context)
+            if choice is not None:
+                choices.append(choice)
+        return self.norm(x), choices
+
+    def mtp_hidden(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: CacheView | None = None,
+        depth: int = 0,
+    ) -> tuple[Tensor, Choice | None]:
+        """hidden [B, T, d] of the depth before, next_ids [B, T] = t_{i+1+depth} -> hidden states whose logits
+        predict t_{i+2+depth}."""
+        context = Context.of(self.config, next_ids, positions, segments, cache)
+        return self.mtp[depth](hidden, self.embed(next_ids), context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., d] -> float32 logits [..., V]."""
+        return self.lm_head(hidden).float()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> logits [B, T, V] in float32."""
+        return self.logits(self.hidden(ids)[0])
+
+    def gates(self) -> list[Gate]:
+        """The gates in the order in which `hidden` and then the MTP modules report their choices."""
+        return [module for module in self.modules() if isinstance(module, Gate)]

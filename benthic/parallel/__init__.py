@@ -1,0 +1,1 @@
+"""Where tokens and tensors live: dispatch of tokens to experts, and (under torchrun) layouts over processes."""
