@@ -1,0 +1,1 @@
+"""Tasks with exact answers: the same object teaches, rewards and evaluates."""
