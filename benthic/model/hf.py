@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from benthic.tokenizer.tokenizer import Tokenizer
 from torch import Tensor
 
 from benthic.base.errors import CheckpointError, InputError
@@ -18,6 +17,7 @@ from benthic.base.files import MANIFEST, PARTIAL, commit_folder, json_bytes, sha
 from benthic.base.tensors import TensorFile, write_tensors
 from benthic.model.config import ModelConfig, from_hf, to_hf
 from benthic.model.transformer import Transformer
+from benthic.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,8 +50,11 @@ def shared_copies(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
-def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
-    """Write a sealed model folder at `folder`, which must not exist: everything or nothing appears."""
+def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Write a sealed model folder at `folder`, which must not exist: everything or nothing appears.
+
+    Returns the sha256 of each of its files, for a manifest further out.
+    """
     partial = folder.with_name(PARTIAL + folder.name)
     partial.mkdir(parents=True)
     tensors = dict(checkpoint_views(model)) | dict(shared_copies(model))
@@ -64,6 +67,7 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -
         tokenizer.save(partial)
         digests |= {p.name: sha256_file(p) for p in partial.iterdir() if p.name not in digests}
     commit_folder(partial, folder, digests)
+    return digests | {MANIFEST: sha256_file(folder / MANIFEST)}
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -1,0 +1,1 @@
+"""Training: one loop for pretraining, fine-tuning and reinforcement learning."""

@@ -1,0 +1,134 @@
+"""What pretraining and fine-tuning minimise: next-token loss, multi-token prediction, and balance of experts.
+
+Log-probabilities are computed in chunks of tokens: no [N, V] float32 tensor ever exists.
+Letters: B rows, T tokens, N = B*T, d hidden, V vocabulary, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benthic.base.batch import IGNORE, Batch
+from benthic.model.balance import expert_load, sequence_balance_loss
+from benthic.model.gate import Choice
+from benthic.model.transformer import Transformer
+from benthic.train.config import TrainConfig
+
+CHUNK = 2048  # tokens whose logits are in memory at once
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(hidden W^T)[target] per token; the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        cast = weight.to(hidden.dtype)
+        logprobs, normaliser = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        for a in range(0, len(hidden), CHUNK):
+            rows = slice(a, a + CHUNK)
+            logits = F.linear(hidden[rows], cast).float()  # [chunk, V]
+            logprobs[rows] = -F.cross_entropy(logits, targets[rows], reduction="none")
+            normaliser[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logprobs[rows]  # log sum exp
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,), (hidden, weight, targets, normaliser) = upstream, ctx.saved_tensors
+        cast = weight.to(hidden.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for a in range(0, len(hidden), CHUNK):
+            rows, g = slice(a, a + CHUNK), grad[a : a + CHUNK, None]
+            logits = F.linear(hidden[rows], cast).float()
+            slope = logits.sub_(normaliser[rows, None]).exp_().mul_(-g)  # -g softmax
+            slope.scatter_add_(1, targets[rows, None], g)  # + g onehot
+            slope = slope.to(hidden.dtype)
+            grad_hidden[rows] = slope @ cast
+            grad_weight += slope.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden [N, d], head weight [V, d], targets [N] -> log-probabilities [N] float32, with gradients."""
+    return _TokenLogProbs.apply(hidden, weight, targets)  # type: ignore[no-any-return]
+
+
+def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [B, T, d], labels [B, T] -> (log-probabilities [M] of the labels that carry loss, their flat indices)."""
+    flat = labels.reshape(-1)
+    at = (flat != IGNORE).nonzero().squeeze(1)  # [M]
+    return token_logprobs(hidden.flatten(0, 1)[at], weight, flat[at]), at
+
+
+@dataclass
+class Outcome:
+    """What an objective hands back: a loss to differentiate, sums to report, and the load of each expert.
+
+    `loss` and every metric are contributions: over micro-batches and processes they add up to the batch's value.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    expert_load: Tensor  # [gates, E] int64
+
+
+def next_ids(batch: Batch, depth: int) -> Tensor:
+    """Token t_{i+1+depth} of each position i [B, T]; 0 where the row does not know it (no loss falls there)."""
+    last = batch.labels[:, -1:].clamp(min=0)
+    stream = torch.cat((batch.ids, last), 1)  # [B, T + 1]
+    return F.pad(stream[:, 1 + depth :], (0, depth))
+
+
+def shifted_labels(batch: Batch, depth: int) -> Tensor:
+    """Labels `depth` positions later in the same document [B, T], IGNORE where there are none."""
+    labels = F.pad(batch.labels[:, depth:], (0, depth), value=IGNORE)
+    if batch.segments is not None:
+        later = F.pad(batch.segments[:, depth:], (0, depth))
+        labels = labels.masked_fill(later != batch.segments, IGNORE)
+    return labels
+
+
+class LanguageModelling:
+    """-1/T sum log p of the labels (V3 Eq 24-25 with the main loss): the objective of pretraining and of SFT."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
+        """`targets` is the number of labels in the whole step, over micro-batches and processes: the divisor T."""
+        hidden, choices = model.hidden(batch.ids, batch.positions, batch.segments)
+        head = model.lm_head.weight
+        loss = -label_logprobs(hidden, head, batch.labels)[0].sum() / targets
+        mtp_loss = torch.zeros_like(loss)
+        depths = len(model.mtp) if self.config.mtp_loss_weight else 0
+        for depth in range(depths):
+            hidden, choice = model.mtp_hidden(
+                hidden, next_ids(batch, depth), batch.positions, batch.segments, depth=depth
+            )
+            labels = shifted_labels(batch, depth + 1)
+            mtp_loss = mtp_loss - label_logprobs(hidden, head, labels)[0].sum() / (targets * depths)  # V3 Eq 24
+            if choice is not None:
+                choices.append(choice)
+        balance = balance_loss(choices, batch) * batch.targets() / targets
+        total = loss + self.config.mtp_loss_weight * mtp_loss + self.config.balance_loss_weight * balance  # V3 Eq 25
+        metrics = {"loss": loss.detach(), "mtp_loss": mtp_loss.detach(), "balance_loss": balance.detach()}
+        return Outcome(total, metrics, loads(model, choices, batch))
+
+
+def balance_loss(choices: list[Choice], batch: Batch) -> Tensor:
+    """Sequence-wise balance loss summed over layers; 0-d."""
+    valid = None if batch.segments is None else batch.segments.reshape(-1) > 0
+    losses = [sequence_balance_loss(c, (batch.ids.shape[0], batch.ids.shape[1]), valid) for c in choices]
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=batch.ids.device)
+
+
+def loads(model: Transformer, choices: list[Choice], batch: Batch) -> Tensor:
+    """Tokens per expert for each gate [gates, E]; gates that this objective did not run count zero."""
+    valid = None if batch.segments is None else batch.segments.reshape(-1) > 0
+    load = torch.zeros(len(model.gates()), model.config.n_routed_experts, dtype=torch.int64, device=batch.ids.device)
+    for i, choice in enumerate(choices):
+        load[i] = expert_load(choice, model.config.n_routed_experts, valid)
+    return load

@@ -1,0 +1,44 @@
+"""Validation: bits per byte of held-out text, and how well the multi-token prediction module foresees it."""
+
+import math
+
+import torch
+
+from benthic.base.batch import Batch
+from benthic.data.shards import Shards
+from benthic.model.transformer import Transformer
+from benthic.train.loss import label_logprobs, next_ids, shifted_labels
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, shards: Shards, length: int, rows: int, max_windows: int = 0) -> dict[str, float]:
+    """Mean nats per token of the stream of held-out tokens, read in windows of `length` that do not overlap.
+
+    Every token but the stream's first is predicted exactly once, from the tokens before it in its window.
+    `max_windows` > 0 reads only the first ones. Returns loss, mtp_loss and the number of predicted tokens.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    windows = (shards.num_tokens - 1) // length
+    windows = min(windows, max_windows) if max_windows else windows
+    total, mtp_total, mtp_count = 0.0, 0.0, 0
+    for first in range(0, windows, rows):
+        many = min(rows, windows - first)
+        tokens = torch.from_numpy(shards.read(first * length, (first + many) * length + 1).astype("int64"))
+        batch = Batch(ids=tokens[:-1].view(many, length), labels=tokens[1:].view(many, length)).to(device)
+        hidden, _ = model.hidden(batch.ids)
+        total -= label_logprobs(hidden, model.lm_head.weight, batch.labels)[0].double().sum().item()
+        if len(model.mtp):
+            hidden, _ = model.mtp_hidden(hidden, next_ids(batch, 0))
+            logprobs, _ = label_logprobs(hidden, model.lm_head.weight, shifted_labels(batch, 1))
+            mtp_total -= logprobs.double().sum().item()
+            mtp_count += len(logprobs)
+    model.train(was_training)
+    count = windows * length
+    values = {"heldout_loss": total / count, "heldout_tokens": float(count)}
+    return values | ({"heldout_mtp_loss": mtp_total / mtp_count} if mtp_count else {})
+
+
+def bits_per_byte(loss: float, tokens: int, utf8_bytes: int) -> float:
+    """Nats per token -> bits per UTF-8 byte of the text that the tokens encode."""
+    return loss * tokens / math.log(2) / utf8_bytes
