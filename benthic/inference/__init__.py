@@ -1,0 +1,1 @@
+"""Continuous batching on the paged latent cache: integers decide, tensors follow."""

@@ -1,0 +1,165 @@
+"""The engine: requests in, tokens out, one `step()` at a time.
+
+It keeps nothing that is derived from the weights except the latents of unfinished requests, so a trainer may change the
+parameters in place whenever no request is unfinished. Not thread-safe: one thread owns an engine.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from benthic.base.errors import BenthicError, InputError
+from benthic.inference.config import EngineConfig, SamplingParams
+from benthic.inference.request import Delta, Output, Request, Seq
+from benthic.inference.runner import Runner
+from benthic.inference.sampler import uniforms
+from benthic.inference.scheduler import Scheduler
+from benthic.inference.stats import Stats
+from benthic.model.transformer import Transformer
+
+
+class Decoder(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
+
+
+class Step(NamedTuple):
+    """What one step brought: new tokens of every request that got some, and whole outputs of those that ended."""
+
+    deltas: list[Delta]
+    outputs: list[Output]
+
+
+class Engine:
+    """Runs requests on `model`. With a tokenizer, outputs carry text and end at its end of sentence."""
+
+    def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
+        c = model.config
+        self.config = (config or EngineConfig()).resolve(c.max_position_embeddings, c.num_nextn_predict_layers)
+        self.model, self.tokenizer = model, tokenizer
+        self.scheduler = Scheduler(self.config)
+        self.runner = Runner(
+            model, self.config.num_pages, self.config.page_size, speculate=self.config.num_speculative_tokens > 0
+        )
+        self.stats = Stats()
+        self._seqs: dict[int, Seq] = {}  # unfinished
+        self._aborted: list[Seq] = []  # to be reported by the next step
+        self._next_id = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do or to report."""
+        return bool(self._seqs or self._aborted)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns its id. Raises InputError for what cannot be run."""
+        prompt, params = request.prompt_token_ids, request.params
+        self._check(prompt, params)
+        max_len = min(self.config.max_model_len, len(prompt) + params.max_tokens)
+        end = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        seq = Seq(
+            request_id=self._next_id,
+            ids=list(prompt),
+            prompt_len=len(prompt),
+            max_len=max_len,
+            params=params,
+            stop=frozenset((*params.stop_token_ids, *end)),
+            uniforms=[] if params.greedy else uniforms(params.seed, max_len - len(prompt)),
+        )
+        self._next_id += 1
+        self._seqs[seq.request_id] = seq
+        self.scheduler.add(seq)
+        return seq.request_id
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        if params.n != 1:
+            raise InputError(f"n={params.n} in one request -> add one request for each of params.samples()")
+        if not isinstance(prompt, list) or not prompt:
+            raise InputError(f"prompt_token_ids={prompt!r:.40} -> give a list with at least one token id")
+        if len(prompt) >= self.config.max_model_len:
+            raise InputError(
+                f"prompt_token_ids has {len(prompt)} tokens, max_model_len={self.config.max_model_len} "
+                f"-> use at most {self.config.max_model_len - 1}"
+            )
+        vocab = self.model.config.vocab_size
+        for i, token in enumerate(prompt):
+            if type(token) is not int or not 0 <= token < vocab:
+                raise InputError(f"prompt_token_ids[{i}]={token!r} is no token -> use integers from 0 to {vocab - 1}")
+
+    def abort(self, request_id: int) -> None:
+        """End a request now; the next step reports it. One that has ended already is left alone."""
+        if not 0 <= request_id < self._next_id:
+            raise InputError(f"request {request_id} does not exist -> use an id that add() returned")
+        if seq := self._seqs.pop(request_id, None):
+            self.scheduler.abort(seq)
+            self._aborted.append(seq)
+
+    def step(self) -> Step:
+        """Run one batch. Without anything to do, the step is empty."""
+        deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in self._aborted]
+        finished, self._aborted = self._aborted, []
+        if self._seqs:
+            plan = self.scheduler.plan()
+            result = self.runner.run(plan)
+            grown = self.scheduler.commit(plan, *result)
+            self.stats.count(plan, result.tokens, sum(new for _, new in grown))
+            self.stats.preemptions = self.scheduler.preemptions
+            for seq, new in grown:
+                deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
+                if seq.finish_reason:
+                    finished.append(self._seqs.pop(seq.request_id))
+        return Step(deltas, [self._output(seq) for seq in finished])
+
+    def _output(self, seq: Seq) -> Output:
+        if not seq.finish_reason:
+            raise RuntimeError(f"request {seq.request_id} has not finished")
+        answer = seq.ids[seq.prompt_len :]
+        return Output(
+            request_id=seq.request_id,
+            prompt_token_ids=seq.ids[: seq.prompt_len],
+            token_ids=answer,
+            logprobs=seq.logprobs,
+            text="" if self.tokenizer is None else self.tokenizer.decode(answer, skip_special=True),
+            finish_reason=seq.finish_reason,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Output]:
+        """Run all prompts to the end: `params` for all, or one per prompt. The outputs stand in the order of the
+        prompts, the n samples of one prompt together. `on_progress` gets (finished, all) after every step.
+
+        The same seed for many prompts gives them the same random numbers; give each its own where that matters.
+        Whatever ends this call early, by error or interrupt, also aborts its requests.
+        """
+        if self.busy:
+            raise BenthicError("generate() on an engine with unfinished requests -> step() until it is not busy")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise InputError(f"{len(each)} sampling params for {len(prompts)} prompts -> give one, or one per prompt")
+        requests = [
+            Request(prompt_token_ids=prompt, params=sample)
+            for prompt, p in zip(prompts, each)
+            for sample in p.samples()
+        ]
+        outputs: dict[int, Output] = {}
+        ids: dict[int, int] = {}  # place in the result -> request id
+        try:
+            # Longest first: prompts of like length share a prefill batch, and so little of it is padding.
+            for place in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_token_ids)):
+                ids[place] = self.add(requests[place])
+            while self.busy:
+                outputs |= {output.request_id: output for output in self.step().outputs}
+                if on_progress is not None:
+                    on_progress(len(outputs), len(requests))
+        finally:
+            for request_id in list(self._seqs):
+                self.abort(request_id)
+            self._aborted.clear()
+        return [outputs[ids[place]] for place in range(len(requests))]

@@ -1,0 +1,64 @@
+"""The model, its latent cache, and one step of both. Nothing here is derived from the weights."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benthic.base.errors import BenthicError, DoesNotFit
+from benthic.inference import batch, sampler, speculative
+from benthic.inference.request import NO_DRAFT
+from benthic.inference.scheduler import Plan
+from benthic.model.cache import CacheView, LatentCache
+from benthic.model.transformer import Transformer
+
+
+class Result(NamedTuple):
+    """Per row of the plan: 1 or 2 chosen tokens, their log-probabilities, and the next draft."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    drafts: list[int]
+
+
+class Runner:
+    """Owns the cache: num_pages pages and the trash page before them."""
+
+    def __init__(self, model: Transformer, num_pages: int, page_size: int, speculate: bool):
+        self.model, self.page_size, self.speculate = model, page_size, speculate
+        self.device = model.embed_tokens.weight.device
+        try:
+            self.cache = LatentCache(model.config, (1 + num_pages) * page_size, self.device, model.dtype)
+        except RuntimeError as error:  # what torch raises when the device cannot give the memory
+            raise DoesNotFit(
+                f"no memory on {self.device} for num_pages={num_pages} cache pages of {page_size} tokens "
+                "-> lower max_num_seqs, max_model_len or num_pages"
+            ) from error
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Result:
+        """Compute the plan's tokens and choose the next ones."""
+        rows = batch.build(plan, self.page_size, self.device)
+        view = CacheView(self.cache, rows.write, rows.table)
+        hidden, _ = self.model.hidden(rows.ids, positions=rows.positions, cache=view)  # [B, Q, d]
+        ends = hidden
+        if rows.prefill:
+            ends = hidden[torch.arange(len(hidden), device=self.device), rows.counts - 1].unsqueeze(1)  # [B, 1, d]
+        tokens, logprobs = sampler.choose(self.model.logits(ends), rows.sampling)  # [B, K] each
+        accepted = speculative.accept(rows, tokens)
+        drafts = torch.full_like(rows.counts, NO_DRAFT)
+        if self.speculate and rows.any_greedy:
+            guess = speculative.draft(self.model, self.cache, rows, hidden, tokens, accepted)
+            drafts = guess if rows.sampling is None else torch.where(rows.sampling.greedy, guess, drafts)
+        return _to_host(tokens, logprobs, accepted, drafts)
+
+
+def _to_host(tokens: Tensor, logprobs: Tensor, accepted: Tensor, drafts: Tensor) -> Result:
+    """Wait for the device and cut each row to the tokens it emits. Logits that are not numbers are an error."""
+    k = tokens.shape[1]
+    integers = torch.cat((tokens, accepted.unsqueeze(1), drafts.unsqueeze(1)), 1).tolist()  # [B, K + 2]
+    scores = [row[: 1 + ints[k]] for row, ints in zip(logprobs.tolist(), integers)]
+    if not math.isfinite(sum(map(sum, scores))):
+        raise BenthicError("the model's logits are not finite -> check the weights (a diverged or damaged checkpoint)")
+    return Result([ints[: 1 + ints[k]] for ints in integers], scores, [ints[-1] for ints in integers])

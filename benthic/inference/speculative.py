@@ -1,0 +1,49 @@
+"""Drafting with the first multi-token prediction module, verified greedily (V3 Sec 5.4.3).
+
+A step that computes token t_{i+1} and the draft d of t_{i+2} yields logits at both. If the first choose d, the second
+are those of plain decoding, and the step emits two tokens; if not, one. So the answer is exactly the plain greedy one.
+
+The module at position i takes h_i and Emb(t_{i+1}). Its latents live in the slot of position i, on a layer of their
+own: prompts fill it too, the last position with the first token of the answer. A rejected draft leaves nothing to
+undo: its position is computed again before anything reads it.
+
+Letters: B rows, Q new tokens, K = 1 or 2 chosen tokens, d hidden.
+"""
+
+import torch
+from torch import Tensor
+
+from benthic.inference.batch import Rows
+from benthic.model.cache import CacheView, LatentCache
+from benthic.model.transformer import Transformer
+
+
+def accept(rows: Rows, tokens: Tensor) -> Tensor:
+    """tokens [B, K] chosen -> how many drafts each row accepts [B], 0 or 1."""
+    if tokens.shape[1] == 1:
+        return torch.zeros_like(rows.counts)
+    return ((rows.counts == 2) & (tokens[:, 0] == rows.ids[:, 1])).long()
+
+
+def draft(
+    model: Transformer, cache: LatentCache, rows: Rows, hidden: Tensor, tokens: Tensor, accepted: Tensor
+) -> Tensor:
+    """hidden [B, Q, d], tokens [B, K], accepted [B] -> the guess for the token after the last one emitted [B].
+
+    Rows that sample do not take part: they become padding, and their guess means nothing.
+    """
+    every = torch.arange(len(rows.counts), device=tokens.device)
+    if rows.prefill:
+        valid, next_ids = rows.counts, rows.next_ids.clone()
+        last = next_ids[every, valid - 1]
+        next_ids[every, valid - 1] = torch.where(rows.whole, tokens[:, 0], last)
+    else:
+        valid, next_ids = 1 + accepted, tokens
+    table = rows.table
+    if rows.sampling is not None:
+        valid = valid * rows.sampling.greedy
+        table = table * rows.sampling.greedy.unsqueeze(1)
+    real = torch.arange(next_ids.shape[1], device=tokens.device) < valid.unsqueeze(1)  # [B, Q]
+    view = CacheView(cache, rows.write * real, table)
+    ahead, _ = model.mtp_hidden(hidden, next_ids * real, positions=rows.positions * real, cache=view)
+    return model.logits(ahead[every, (valid - 1).clamp(min=0)]).argmax(-1)
