@@ -177,7 +177,7 @@ class _Board:
     """Scalars of one stage as TensorBoard events. A folder per stage, because a rewind discards whole folders."""
 
     def __init__(self, folder: Path, first_step: int | None = None) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(folder), flush_secs=10)
@@ -186,8 +186,8 @@ class _Board:
             self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=mark))
 
     def add(self, step: int, scalars: dict[str, Any]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))

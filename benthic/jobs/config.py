@@ -1,0 +1,66 @@
+"""Options of the small jobs. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+    """How a model is loaded and how it answers."""
+
+    model: Positional[str]
+    """Folder with config.json, safetensors and tokenizer.json."""
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+    temperature: float = 0.6
+    """Divides the logits; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Keep the likeliest tokens up to this probability mass."""
+    seed: int = 0
+    """The same seed and prompt give the same answer."""
+    device: Device = "auto"
+    """auto: cuda where there is one, else cpu."""
+    dtype: Dtype = "auto"
+    """Precision of the computation. auto: bfloat16 on cuda, float32 on cpu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AnswerConfig):
+    """Options of `benthic generate`."""
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """Texts to continue; without any, standard input is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(AnswerConfig):
+    """Options of `benthic chat`."""
+
+    system: str = ""
+    """System message; empty for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Options of `benthic doctor`."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """Options of `benthic env`: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Options of `benthic completion`."""
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """The shell to complete in."""
