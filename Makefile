@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PACKAGE := $(shell find benthic -name '*.py')
 
-.PHONY: demo test test-long check docs bench clean
+.PHONY: demo test test-long check docs bench
 
 demo: $(VENV)/.server
 	$(VENV)/bin/benthic demo $(ARGS)
@@ -41,10 +41,10 @@ bench: $(VENV)/.server
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "make: error: Benthic needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1)" \
+	  echo "make: error: Benthic needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1)" \
 	       "-> make demo PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
 
 # An editable install: a change of the source needs no new install, a change of pyproject.toml does.
@@ -55,6 +55,3 @@ $(VENV)/.server: pyproject.toml | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	$(PIP) install --quiet -e ".[dev]"
 	@touch $@ $(VENV)/.server
-
-clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
