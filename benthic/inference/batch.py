@@ -36,7 +36,7 @@ class Rows:
     whole: Tensor  # [B] bool: the row reaches its last known token, so what it chooses counts
     positions: Tensor  # [B, Q]
     write: Tensor  # [B, Q] slots of the new tokens
-    table: Tensor  # [B, S] slot of every context position, 0 past the row's end: nothing else is ever read
+    table: Tensor  # [B, S] slot of every context position; past the row's end its first slot, so no other is ever read
     sampling: Sampling | None  # None when every row is greedy
     any_greedy: bool
 
@@ -53,7 +53,8 @@ def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
     ids, pages, start, counts, whole, is_greedy, top_k, reals = data.split([q + 1, w, 1, 1, 1, 1, 1, 3], 1)
     steps = torch.arange(max(q, w * page_size), device=device)
     slots = pages.unsqueeze(2) * page_size + steps[:page_size]  # [B, W, page_size]
-    table = slots.flatten(1) * (steps[: w * page_size] < start + counts)  # [B, S]
+    slots = slots.flatten(1)  # [B, S]
+    table = torch.where(steps[: w * page_size] < start + counts, slots, slots[:, :1])
     positions = (start + steps[:q]) * (steps[:q] < counts)  # [B, Q]
     write = table.gather(1, positions) * (steps[:q] < counts)  # [B, Q]
     sampling = None

@@ -21,8 +21,9 @@ class Decoder(Protocol):
     """What the engine needs of a tokenizer."""
 
     @property
+    def vocab_size(self) -> int: ...
+    @property
     def eos_id(self) -> int: ...
-
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
 
 
@@ -34,16 +35,17 @@ class Step(NamedTuple):
 
 
 class Engine:
-    """Runs requests on `model`. With a tokenizer, outputs carry text and end at its end of sentence."""
+    """Runs requests on `model`. With a tokenizer, outputs carry text, end at its end of sentence, and hold only ids
+    that it knows: released models have embedding rows beyond the tokenizer's last id.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
         c = model.config
         self.config = (config or EngineConfig()).resolve(c.max_position_embeddings, c.num_nextn_predict_layers)
         self.model, self.tokenizer = model, tokenizer
+        self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
+        self.runner = Runner(model, self.config, self.vocab_size)
         self.scheduler = Scheduler(self.config)
-        self.runner = Runner(
-            model, self.config.num_pages, self.config.page_size, speculate=self.config.num_speculative_tokens > 0
-        )
         self.stats = Stats()
         self._seqs: dict[int, Seq] = {}  # unfinished
         self._aborted: list[Seq] = []  # to be reported by the next step
@@ -84,10 +86,10 @@ class Engine:
                 f"prompt_token_ids has {len(prompt)} tokens, max_model_len={self.config.max_model_len} "
                 f"-> use at most {self.config.max_model_len - 1}"
             )
-        vocab = self.model.config.vocab_size
         for i, token in enumerate(prompt):
-            if type(token) is not int or not 0 <= token < vocab:
-                raise InputError(f"prompt_token_ids[{i}]={token!r} is no token -> use integers from 0 to {vocab - 1}")
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                last = self.vocab_size - 1
+                raise InputError(f"prompt_token_ids[{i}]={token!r} is no token -> use integers from 0 to {last}")
 
     def abort(self, request_id: int) -> None:
         """End a request now; the next step reports it. One that has ended already is left alone."""

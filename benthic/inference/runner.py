@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benthic.base.errors import BenthicError, DoesNotFit
 from benthic.inference import batch, sampler, speculative
+from benthic.inference.config import EngineConfig
 from benthic.inference.request import NO_DRAFT
 from benthic.inference.scheduler import Plan
 from benthic.model.cache import CacheView, LatentCache
@@ -23,33 +24,36 @@ class Result(NamedTuple):
 
 
 class Runner:
-    """Owns the cache: num_pages pages and the trash page before them."""
+    """Owns the cache: num_pages pages and the trash page before them. Chooses ids below `vocab_size`."""
 
-    def __init__(self, model: Transformer, num_pages: int, page_size: int, speculate: bool):
-        self.model, self.page_size, self.speculate = model, page_size, speculate
+    def __init__(self, model: Transformer, config: EngineConfig, vocab_size: int):
+        self.model, self.config, self.vocab_size = model, config, vocab_size
         self.device = model.embed_tokens.weight.device
+        slots = (1 + config.num_pages) * config.page_size
         try:
-            self.cache = LatentCache(model.config, (1 + num_pages) * page_size, self.device, model.dtype)
+            self.cache = LatentCache(model.config, slots, self.device, model.dtype)
         except RuntimeError as error:  # what torch raises when the device cannot give the memory
             raise DoesNotFit(
-                f"no memory on {self.device} for num_pages={num_pages} cache pages of {page_size} tokens "
+                f"no memory on {self.device} for num_pages={config.num_pages} cache pages of {config.page_size} tokens "
                 "-> lower max_num_seqs, max_model_len or num_pages"
             ) from error
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Result:
         """Compute the plan's tokens and choose the next ones."""
-        rows = batch.build(plan, self.page_size, self.device)
+        rows = batch.build(plan, self.config.page_size, self.device)
         view = CacheView(self.cache, rows.write, rows.table)
         hidden, _ = self.model.hidden(rows.ids, positions=rows.positions, cache=view)  # [B, Q, d]
         ends = hidden
         if rows.prefill:
             ends = hidden[torch.arange(len(hidden), device=self.device), rows.counts - 1].unsqueeze(1)  # [B, 1, d]
-        tokens, logprobs = sampler.choose(self.model.logits(ends), rows.sampling)  # [B, K] each
+        logits = self.model.logits(ends)  # [B, K, V]
+        tokens, logprobs = sampler.choose(logits, rows.sampling, self.vocab_size)  # [B, K] each
         accepted = speculative.accept(rows, tokens)
         drafts = torch.full_like(rows.counts, NO_DRAFT)
-        if self.speculate and rows.any_greedy:
-            guess = speculative.draft(self.model, self.cache, rows, hidden, tokens, accepted)
+        if self.config.num_speculative_tokens and rows.any_greedy:
+            ahead = speculative.ahead(self.model, self.cache, rows, hidden, tokens, accepted)  # [B, d]
+            guess = self.model.logits(ahead)[:, : self.vocab_size].argmax(-1)
             drafts = guess if rows.sampling is None else torch.where(rows.sampling.greedy, guess, drafts)
         return _to_host(tokens, logprobs, accepted, drafts)
 

@@ -16,14 +16,15 @@ def uniforms(seed: int, count: int) -> list[float]:
     return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
 
 
-def choose(logits: Tensor, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
-    """float32 logits [B, K, V] -> tokens [B, K] and their log softmax(logits) [B, K].
+def choose(logits: Tensor, sampling: Sampling | None, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """float32 logits [B, K, V] -> tokens [B, K] below `vocab_size` and their log softmax(logits) [B, K].
 
     Rows that sample use the first of the K positions; the rest hold the likeliest token.
     """
-    tokens = logits.argmax(-1)  # [B, K]
+    allowed = logits[..., :vocab_size]
+    tokens = allowed.argmax(-1)  # [B, K]
     if sampling is not None:
-        sampled = sample(logits[:, 0], sampling)  # [B]
+        sampled = sample(allowed[:, 0], sampling)  # [B]
         tokens[:, 0] = torch.where(sampling.greedy, tokens[:, 0], sampled)
     scores = logits.gather(2, tokens.unsqueeze(2)).squeeze(2) - logits.logsumexp(-1)  # [B, K]
     return tokens, scores

@@ -105,7 +105,7 @@ class Scheduler:
         """Send the latest running request back to the head of the queue, without its pages."""
         seq = self.running.pop()
         self.pool.give(seq.pages)
-        seq.computed, seq.draft = 0, NO_DRAFT
+        seq.computed = 0
         self.waiting.appendleft(seq)
         self.preemptions += 1
         return seq

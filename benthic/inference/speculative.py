@@ -25,12 +25,11 @@ def accept(rows: Rows, tokens: Tensor) -> Tensor:
     return ((rows.counts == 2) & (tokens[:, 0] == rows.ids[:, 1])).long()
 
 
-def draft(
+def ahead(
     model: Transformer, cache: LatentCache, rows: Rows, hidden: Tensor, tokens: Tensor, accepted: Tensor
 ) -> Tensor:
-    """hidden [B, Q, d], tokens [B, K], accepted [B] -> the guess for the token after the last one emitted [B].
-
-    Rows that sample do not take part: they become padding, and their guess means nothing.
+    """hidden [B, Q, d], tokens [B, K], accepted [B] -> hidden states [B, d] whose logits guess the token after the
+    last one emitted. Rows that sample do not take part: they become padding, and their states mean nothing.
     """
     every = torch.arange(len(rows.counts), device=tokens.device)
     if rows.prefill:
@@ -45,5 +44,5 @@ def draft(
         table = table * rows.sampling.greedy.unsqueeze(1)
     real = torch.arange(next_ids.shape[1], device=tokens.device) < valid.unsqueeze(1)  # [B, Q]
     view = CacheView(cache, rows.write * real, table)
-    ahead, _ = model.mtp_hidden(hidden, next_ids * real, positions=rows.positions * real, cache=view)
-    return model.logits(ahead[every, (valid - 1).clamp(min=0)]).argmax(-1)
+    out, _ = model.mtp_hidden(hidden, next_ids * real, positions=rows.positions * real, cache=view)
+    return out[every, (valid - 1).clamp(min=0)]
