@@ -1,0 +1,62 @@
+"""What `benthic serve` can be told. Imports no torch."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from benthic.base.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """One server for one model. Raises InputError for a value outside its range."""
+
+    model: Positional[Path]
+    """Folder with config.json, safetensors and tokenizer.json."""
+    served_model_name: str = ""
+    """Name by which clients ask for the model; empty takes the folder's name."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than a loopback address needs a key."""
+    port: int = 8000
+    """0 takes any free port."""
+    api_key: str = field(default="", repr=False)
+    """Key that clients must send. Other users of the machine can read flags: prefer the file or BENTHIC_API_KEY."""
+    api_key_file: str = ""
+    """File whose first line is the key."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the computation; auto takes what the model's config.json names."""
+    max_model_len: int = 0
+    """Longest prompt and answer together, in tokens; 0 takes the model's max_position_embeddings."""
+    max_num_seqs: int = 256
+    """Most requests that run at once."""
+    max_queued_requests: int = 256
+    """Most requests that wait; one more is answered with 429."""
+    shutdown_timeout: float = 30.0
+    """Seconds that accepted requests get to finish after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("max_model_len", 0, math.inf),
+            ("max_num_seqs", 1, math.inf),
+            ("max_queued_requests", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InputError(
+                    f"{name} is {value} -> use {low} or more" + (f", at most {high}" if high < 1e9 else "")
+                )
+        if not (math.isfinite(self.shutdown_timeout) and self.shutdown_timeout >= 0):
+            raise InputError(f"shutdown_timeout is {self.shutdown_timeout} -> use a number of seconds, 0 or more")
+        if not self.host:
+            raise InputError("host is empty -> use 127.0.0.1, or 0.0.0.0 with an API key")
+
+    @property
+    def name(self) -> str:
+        """The model's name as clients see it."""
+        return self.served_model_name or self.model.resolve().name

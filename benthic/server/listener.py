@@ -1,0 +1,73 @@
+"""The socket, and uvicorn around the app."""
+
+import socket
+import time
+from typing import Any
+
+import uvicorn
+
+from benthic.base.errors import InputError
+from benthic.server.limits import LIMITS
+from benthic.server.worker import Worker
+
+
+class Server(uvicorn.Server):
+    """uvicorn that lets accepted requests finish: a signal starts the draining, a second one ends it."""
+
+    def __init__(self, app: Any, worker: Worker, shutdown_timeout: float):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # what it logs may quote a request
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                h11_max_incomplete_event_size=2 * int(LIMITS["header_bytes"].high),
+                timeout_graceful_shutdown=2,  # for readers that are too slow to take even the end
+            )
+        )
+        self._worker = worker
+        self._shutdown_timeout = shutdown_timeout
+        self._deadline = 0.0
+        self.signal = 0  # the first signal that came
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Called by uvicorn for SIGINT and SIGTERM."""
+        self._deadline = 0.0 if self.signal else time.monotonic() + self._shutdown_timeout
+        self.signal = self.signal or sig
+        self._worker.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends the server."""
+        if self.signal and (self._worker.idle or time.monotonic() > self._deadline):
+            self._worker.stop()
+            return True
+        return await super().on_tick(counter)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: nobody else can take the port while the model loads."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on host {host} ({error.strerror}) -> use an address of this machine"
+        ) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise InputError(f"cannot listen on {host} port {port} ({error.strerror}) -> use another --port") from error
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    """Where a browser or a client finds the server."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
