@@ -48,7 +48,7 @@ class Demo(DemoConfig):
     smoke: bool = False
     """A few steps of every stage, to see that it works."""
     files: Annotated[tuple[Path, ...], arg(name="corpus")] = ()
-    """Short for --corpus.paths."""
+    """Short for corpus.paths."""
 
     def config(self) -> DemoConfig:
         """The recipe's own dataclass."""

@@ -94,8 +94,11 @@ def processes() -> Iterator[Finding]:
         program = "import sys; from benthic.jobs.doctor import loopback; loopback(int(sys.argv[1]), sys.argv[2])"
         command = [sys.executable, "-c", program]
         started = time.monotonic()
+        home = Path(__file__).resolve().parents[2]  # where `import benthic` finds this package, installed or not
         ranks = [
-            subprocess.Popen([*command, str(rank), f"{folder}/store"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                [*command, str(rank), f"{folder}/store"], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
             for rank in (0, 1)
         ]
         try:
