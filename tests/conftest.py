@@ -1,0 +1,28 @@
+"""Fixtures for every room. torch is imported only where a test asks for a model."""
+
+from pathlib import Path
+
+import pytest
+
+TEXTS = ["How many are 2 and 3? There are 5. Write a poem about the sea: the sea is deep.\n" * 3]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A whole model folder (config.json, random weights, tokenizer), small enough to be made in every run."""
+    from benthic.model.config import ModelConfig
+    from benthic.model.hf import write_model
+    from benthic.model.init import initialise
+    from benthic.model.transformer import Transformer
+    from benthic.tokenizer import bpe
+
+    tokenizer = bpe.train(TEXTS, 300)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16,
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=64,
+        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_model(folder, initialise(Transformer(config), std=0.1, seed=0), tokenizer)
+    return folder

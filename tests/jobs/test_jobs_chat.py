@@ -1,0 +1,123 @@
+"""`benthic chat` and `benthic generate`: the same answers as the engine, as they grow, and a Ctrl-C that only stops."""
+
+import io
+import itertools
+import sys
+
+import pytest
+
+from benthic import cli
+from benthic.inference.config import SamplingParams
+from benthic.jobs import chat, generate
+from benthic.jobs.config import ChatConfig
+
+PARAMS = SamplingParams(max_tokens=24, temperature=0.8, seed=3)
+ASK = [{"role": "user", "content": "How many are 2 and 3?"}]
+
+
+@pytest.fixture
+def llm(model_folder):
+    return generate.load(ChatConfig(model=str(model_folder), device="cpu"), max_num_seqs=1)
+
+
+def test_the_streamed_pieces_joined_are_the_answer_of_the_engine(llm):
+    whole = llm.chat(ASK, PARAMS)[0]
+    answer = [token for token in whole.token_ids if token != llm.tokenizer.eos_id]
+    assert "".join(chat.stream(llm, ASK, PARAMS)) == llm.tokenizer.decode(answer)
+
+
+def test_leaving_an_answer_early_frees_the_engine_for_the_next(llm):
+    expected = list(chat.stream(llm, ASK, PARAMS))
+    started = chat.stream(llm, ASK, PARAMS)
+    next(started)
+    assert llm.engine.busy
+    started.close()
+    assert not llm.engine.busy
+    assert list(chat.stream(llm, ASK, PARAMS)) == expected
+
+
+def _type(monkeypatch, *lines):
+    """Lines of the user; an exception is raised instead of being typed."""
+    typed = itertools.chain(lines, itertools.repeat(EOFError()))
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def _record(monkeypatch, answer):
+    """Replace the model by `answer(messages)`; returns the conversations that it was shown, and its seeds."""
+    seen = []
+
+    def stream(llm, messages, params):
+        seen.append(([(m["role"], m["content"]) for m in messages], params.seed))
+        yield from answer(messages)
+
+    monkeypatch.setattr(chat, "stream", stream)
+    return seen
+
+
+def test_the_conversation_is_remembered_until_new(model_folder, monkeypatch, capsys):
+    seen = _record(monkeypatch, lambda messages: ["five", "."])
+    _type(monkeypatch, "one", "", "two", "/new", "three")
+    assert cli.main(["chat", str(model_folder), "--system", "Be brief.", "--device", "cpu"]) == 0
+    system, one, two = ("system", "Be brief."), ("user", "one"), ("user", "two")
+    conversations = [conversation for conversation, _ in seen]
+    assert conversations == [
+        [system, one],
+        [system, one, ("assistant", "five."), two],
+        [system, ("user", "three")],
+    ]
+    assert seen[0][1] != seen[1][1]
+    assert capsys.readouterr().out == "five.\n" * 3
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_one_at_the_prompt_leaves(model_folder, monkeypatch, capsys):
+    def answer(messages):
+        yield "half an "
+        raise KeyboardInterrupt
+
+    seen = _record(monkeypatch, answer)
+    _type(monkeypatch, "one", "two", KeyboardInterrupt(), "never read")
+    assert cli.main(["chat", str(model_folder), "--device", "cpu"]) == 0
+    assert len(seen) == 2
+    assert seen[1][0][1] == ("assistant", "half an ")
+    assert capsys.readouterr().out == "half an \n" * 2
+
+
+def test_thinking_is_dim_on_a_terminal_only(model_folder, monkeypatch, capsys):
+    _record(monkeypatch, lambda messages: ["<think>", "hm", "</think>", "5"])
+    _type(monkeypatch, "one")
+    cli.main(["chat", str(model_folder), "--device", "cpu"])
+    assert capsys.readouterr().out == "<think>hm</think>5\n"
+    _type(monkeypatch, "one")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli.main(["chat", str(model_folder), "--device", "cpu"])
+    assert capsys.readouterr().out == "\x1b[2m<think>hm</think>\x1b[0m5\x1b[0m\n"
+
+
+def test_generate_prints_each_prompt_with_its_continuation(model_folder, llm, capsys):
+    words = ["generate", str(model_folder), "The sea", "2 and 3", "--max-tokens", "5", "--seed", "4", "--device", "cpu"]
+    assert cli.main(words) == 0
+    params = SamplingParams(max_tokens=5, temperature=0.6, top_p=0.95, seed=4)
+    texts = [llm.generate(prompt, params)[0].text for prompt in ("The sea", "2 and 3")]
+    assert capsys.readouterr().out == f"The sea{texts[0]}\n\n2 and 3{texts[1]}\n"
+
+
+def test_generate_reads_standard_input_without_a_prompt(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The sea"))
+    assert cli.main(["generate", str(model_folder), "--max-tokens", "1", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("The sea")
+
+
+def test_an_empty_prompt_and_a_missing_folder_are_usage_errors(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main(["generate", str(model_folder)]) == 2
+    assert cli.main(["chat", str(model_folder / "nowhere")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "a prompt is empty" in first
+    assert "nowhere does not exist" in second
