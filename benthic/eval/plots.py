@@ -42,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": LIGHT["rule"],
     "grid.linewidth": 0.7,
     "xtick.color": LIGHT["rule"],
@@ -182,6 +183,9 @@ def _draw(axes: Axes, spec: Chart) -> None:
     for _, value in spec.marks:
         axes.axhline(value, color=LIGHT["muted"], linewidth=1.1, linestyle=(0, (4, 3)))
     axes.margins(x=0.02, y=0.1)
+    low, high = axes.get_ylim()
+    if high - low < 1e-6 * abs(high):  # a constant: do not magnify its rounding
+        axes.set_ylim(low - 0.1 * abs(high), high + 0.1 * abs(high))
     if spec.zero:
         axes.set_ylim(bottom=0)
     axes.set_xlabel(spec.x)

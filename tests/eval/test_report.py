@@ -120,6 +120,13 @@ def test_every_part_of_a_finished_run_is_there(html):
     assert "not finished" not in text
 
 
+def test_the_rounding_of_a_constant_is_not_magnified(tmp_path):
+    rows = [{"stage": "grpo", "step": step, "reward": 0.02} for step in range(60)]
+    drawing = plots.chart(plots.reward_chart(read(example.write_run(tmp_path, rows))))
+    assert max(len(label) for label in Page(drawing).words if label.strip()) <= len("mean reward")
+    assert "0.020" in Page(drawing).text
+
+
 BITS = example.results()["bits_per_byte"]
 BALANCE = example.results()["balance"]
 RL = example.results()["rl"]
