@@ -33,9 +33,11 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def _apply(self, fn, recurse: bool = True):
-        """A cast of the model leaves the bias in float32: in bfloat16 its step of 0.001 would vanish."""
+        """A cast of the model leaves the bias in float32, bit for bit: in bfloat16 its step of 0.001 would vanish."""
+        exact = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        self.e_score_correction_bias = self.e_score_correction_bias.float()
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
         return self
 
     def forward(self, x: Tensor) -> Choice:

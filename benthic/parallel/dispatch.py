@@ -70,4 +70,4 @@ class LocalDispatcher:
         """y [N*K, d] expert outputs, weights [N, K] -> weighted sum per token [N, d]."""
         n, k = weights.shape
         y = _Gather.apply(y, routed.back, routed.order, 1)  # type: ignore[assignment]
-        return torch.einsum("nkd,nk->nd", y.view(n, k, -1), weights.to(y.dtype))
+        return torch.einsum("nkd,nk->nd", y.unflatten(0, (n, k)), weights.to(y.dtype))
