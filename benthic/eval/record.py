@@ -11,7 +11,9 @@ from benthic.base.errors import InputError
 NOT_FINITE = {"nan", "inf", "-inf"}  # how metrics.jsonl spells what JSON cannot
 
 INTERVAL = "[value, low, high]"
+MEASURED = "a finite number, or null where it was not measured"
 OUTCOME = {"pass@1": INTERVAL, "pass@8": INTERVAL, "length": float, "well_formed": float}
+SPECULATION = {"identical": bool, "acceptance": float, "tokens_per_step": float, "requests": float}
 # What results.json may hold. A table must have the keys named here and may have more; {str: kind} names none; [kind] is
 # a list. Every top-level entry may be absent.
 RESULTS: dict[str, Any] = {
@@ -26,9 +28,10 @@ RESULTS: dict[str, Any] = {
     "tokenizer": {"vocab_size": float, "bytes_per_token": float},
     "model": {"parameters": float, "active_parameters": float},
     "bits_per_byte": dict.fromkeys(("model", "untrained", "gzip", "gzip_per_document", "limit"), float),
-    "balance": dict.fromkeys(("with_bias", "without_bias", "limit"), float),
-    "rl": {"problems": float, "samples": float, "how": str, "change": str, "before": OUTCOME, "after": OUTCOME},
-    "speculative": {"identical": bool, "acceptance": float, "tokens_per_step": float, "requests": float},
+    "balance": {"with_bias": float, "without_bias": MEASURED, "limit": float},
+    "rl": {"problems": float, "samples": float, "how": str, "before": OUTCOME, "after": OUTCOME},
+    "speculative": SPECULATION,  # on text
+    "speculative_sums": SPECULATION,  # on the questions of the task
     "cache": dict.fromkeys(("mla", "gqa", "mqa", "mha"), float),
     "absorbed_error": float,
     "samples": [{"prompt": str, "text": str, "answer": str, "correct": bool, "when": str}],
@@ -36,7 +39,7 @@ RESULTS: dict[str, Any] = {
     "machine": {},
     "config": {},
 }
-NAMES = {float: "a finite number", str: "a text", bool: "true or false", INTERVAL: INTERVAL}
+NAMES = {float: "a finite number", str: "a text", bool: "true or false", INTERVAL: INTERVAL, MEASURED: MEASURED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,11 @@ class Record:
         return Curve(steps=[step for step, _ in finite], values=[value for _, value in finite])
 
     def loads(self, stage: str) -> tuple[list[int], list[list[list[float]]]]:
-        """Steps, and `expert_load` as [step][layer][expert] relative to an even share (1.0 = even)."""
-        found = {r["step"]: r["expert_load"] for r in self.rows if r["stage"] == stage and "expert_load" in r}
+        """Steps, and `expert_load` as [step][layer][expert] relative to an even share (1.0 = even).
+
+        A model without experts logs empty lists; they are left out.
+        """
+        found = {r["step"]: r["expert_load"] for r in self.rows if r["stage"] == stage and r.get("expert_load")}
         steps = sorted(found)
         return steps, [[_relative(layer) for layer in found[step]] for step in steps]
 
@@ -90,7 +96,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where} is not a row with a text 'stage' and a whole 'step' -> repair or remove the line")
     for key, value in row.items():
         if key == "expert_load":
-            good = isinstance(value, list) and value and all(_is_layer(layer) for layer in value)
+            good = isinstance(value, list) and all(_is_layer(layer) for layer in value)
         else:
             good = key == "stage" or _is_number(value) or _is_layer(value) or _is_gap(value)
         if not good:
@@ -132,6 +138,8 @@ def _check(value: Any, kind: Any, where: str) -> None:
 def _is_scalar(value: Any, kind: Any) -> bool:
     if kind == INTERVAL:
         return _is_layer(value) and len(value) == 3
+    if kind == MEASURED:
+        return value is None or _is_number(value)
     return _is_number(value) if kind is float else isinstance(value, kind)
 
 

@@ -80,7 +80,9 @@ def _model_tiles(results: dict[str, Any]) -> list[str]:
         met, limit = bits["model"] <= bits["limit"], f"at most {bits['limit']:.2f}"
         tiles.append(page.tile("Bits per byte of unseen text", f"{bits['model']:.2f}", note, met, limit))
     if balance := results.get("balance"):
-        note = f"fullest expert above the even share; {balance['without_bias']:.2f} without the balancing bias"
+        without = balance["without_bias"]
+        control = "" if without is None else f"; {without:.2f} without the balancing bias"
+        note = f"fullest expert above the even share{control}"
         met, limit = balance["with_bias"] <= balance["limit"], f"at most {balance['limit']:.2f}"
         tiles.append(page.tile("Expert imbalance (MaxVio)", f"{balance['with_bias']:.2f}", note, met, limit))
     return tiles
@@ -204,9 +206,9 @@ def _reasoning(record: Record) -> str:
     )
     parts, drawn = [], []
     if rl := record.results.get("rl"):
-        parts.append(f"<p>{esc(rl['change'])}</p>")
+        parts.append(f"<p>{esc(rl['how'])}</p>")
         caption = (
-            f"{number(rl['problems'])} held-out problems, {number(rl['samples'])} samples each; {esc(rl['how'])}. "
+            f"{number(rl['problems'])} held-out problems, {number(rl['samples'])} samples each. "
             "Whiskers: 95% intervals over problems. pass@8: at least one of eight tries is right."
         )
         drawn.append(page.figure(plots.pass_bars(rl["before"], rl["after"]), "Problems solved", caption))
@@ -272,20 +274,25 @@ def _inference(record: Record) -> str:
         parts.append(f"<h3>Cache per token, all layers</h3>{page.bars(rows)}")
     else:
         parts.append(page.missing("The size of the cache has not been measured."))
-    if fast := record.results.get("speculative"):
-        same = "the same answers as" if fast["identical"] else "not the same answers as"
-        parts.append(
-            f"<p>With guesses, {number(fast['requests'])} requests got {same} without. {fast['acceptance']:.1%} of the "
-            f"guesses were accepted, which makes {fast['tokens_per_step']:.2f} tokens per step.</p>"
-        )
-    else:
-        parts.append(page.missing("Guessing ahead has not been tried."))
+    parts += [
+        _guesses(record.results[key], name)
+        for key, name in (("speculative", "On held-out text"), ("speculative_sums", "On the questions of the task"))
+        if key in record.results
+    ] or [page.missing("Guessing ahead has not been tried.")]
     if (error := record.results.get("absorbed_error")) is not None:
         parts.append(
             "<p>Decoding folds the up-projections of keys and values into the query and the output. Against the plain "
-            f"form of the same attention the largest difference was {error:.1e}.</p>"
+            f"form of the same attention the largest difference in any logit was {error:.1e}.</p>"
         )
     return page.section("Inference", lead, *parts)
+
+
+def _guesses(fast: dict[str, Any], where: str) -> str:
+    same = "the same answers as" if fast["identical"] else "not the same answers as"
+    return (
+        f"<p>{where}: with guesses, {number(fast['requests'])} requests got {same} without. {fast['acceptance']:.1%} "
+        f"of the guesses were accepted, which makes {fast['tokens_per_step']:.2f} tokens per step.</p>"
+    )
 
 
 def _samples(record: Record) -> str:

@@ -204,7 +204,7 @@ def test_no_text_from_data_becomes_markup(tmp_path, payload):
 def test_the_escape_is_what_keeps_markup_out(tmp_path, monkeypatch):
     """Control: with escaping off the same check fails."""
     monkeypatch.setattr(report, "esc", lambda text, longest=0: str(text))
-    page = outcome_only(tmp_path, samples=[], rl=RL | {"change": "<iframe></iframe>"})
+    page = outcome_only(tmp_path, samples=[], rl=RL | {"how": "<iframe></iframe>"})
     assert not page.tags <= ALLOWED
 
 
@@ -252,6 +252,7 @@ GOOD = json.dumps({"stage": "pretrain", "step": 1, "loss": 2.0})
         '{"stage": "pretrain", "step": 2, "expert_load": [0.5, 0.5]}',
         '{"stage": "pretrain", "step": 2, "expert_load": [[0.5, "x"]]}',
         '{"stage": "pretrain", "step": 2, "expert_load": [[]]}',
+        '{"stage": "pretrain", "step": 2, "expert_load": {}}',
         "\xff",
     ],
 )
@@ -269,6 +270,7 @@ def test_a_malformed_line_is_an_error_that_names_it(tmp_path, line):
         (("bits_per_byte",), [], "bits_per_byte"),
         (("rl", "after", "pass@1"), [0.1, 0.2], "rl.after.pass@1"),
         (("rl", "how"), 3, "rl.how"),
+        (("balance", "without_bias"), "none", "balance.without_bias"),
         (("speculative", "identical"), 1, "speculative.identical"),
         (("corpus", "skipped"), [{"path": "a"}], r"corpus.skipped\[0\].reason"),
         (("corpus", "rejected"), {"short": "many"}, "corpus.rejected.short"),
@@ -287,6 +289,15 @@ def test_a_result_of_the_wrong_kind_is_an_error_that_names_it(tmp_path, path, va
     place[path[-1]] = value
     with pytest.raises(InputError, match=rf"results\.json: {said} .* -> "):
         report.write(example.write_run(tmp_path, [], data))
+
+
+def test_what_was_not_measured_is_not_shown(tmp_path):
+    rows = [{"stage": "pretrain", "step": step, "loss": 2.0, "expert_load": []} for step in (1, 2)]  # a dense model
+    data = example.results() | {"balance": BALANCE | {"without_bias": None}}
+    text = page_of(example.write_run(tmp_path, rows, data)).text
+    assert "No expert load has been logged yet." in text
+    assert "fullest expert above the even share" in text
+    assert "without the balancing bias" not in text
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):
