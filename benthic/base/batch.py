@@ -52,6 +52,13 @@ class Batch:
         rows = len(self.ids) // n
         return [self._map(lambda t, a=i * rows: t[a : a + rows]) for i in range(n)]
 
+    @classmethod
+    def cat(cls, batches: list[Self]) -> Self:
+        """The rows of several batches with the same fields, in order."""
+        named = {name: torch.cat([dict(b._tensors())[name] for b in batches]) for name, _ in batches[0]._tensors()}
+        extra = {name: named.pop(name) for name in batches[0].extra}
+        return cls(**named, extra=extra)
+
     def targets(self) -> Tensor:
         """Number of positions that carry loss, as a 0-d int64 tensor on the batch's device."""
         return (self.labels != IGNORE).sum()

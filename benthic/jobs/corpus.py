@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from benthic.base.errors import InputError
 from benthic.base.log import Run
 from benthic.data import dedup, quality, shards, sources, split
-from benthic.data.sources import Document, Skips
+from benthic.data.documents import Document, Skips
 from benthic.recipes.demo import CorpusConfig
 from benthic.tokenizer import bpe
 from benthic.tokenizer.tokenizer import Tokenizer
 
+log = logging.getLogger("benthic")
 PHASES = 6
 
 
@@ -22,14 +24,15 @@ def build(folder: Path, config: CorpusConfig, vocab_size: int, seed: int, run: R
     """Write `folder`/tokenizer, /train and /heldout; returns the funnel in numbers."""
     with run.progress("corpus", PHASES) as progress:
         skips = Skips()
-        documents = list(_within(sources.read(config.paths, skips), config.max_bytes))
+        found = sources.read(config.paths, skips) if config.paths else sources.standard_library(skips)
+        documents = list(_within(found, config.max_bytes))
         progress.update(1)
         read, size = len(documents), _bytes(documents)
-        documents, exact = dedup.exact(documents)
-        documents, near = dedup.near(documents, threshold=config.near_duplicate_threshold)
+        exact = dedup.exact(documents)
+        near = dedup.near(exact.documents, threshold=config.near_duplicate_threshold)
         progress.update(2)
-        verdicts = [quality.rejected_by(document) for document in documents]
-        documents = [document for document, rule in zip(documents, verdicts) if rule is None]
+        verdicts = [quality.rejected_by(document) for document in near.documents]
+        documents = [document for document, rule in zip(near.documents, verdicts) if rule is None]
         progress.update(3)
         held_out = [d for d in documents if split.is_held_out(d, config.held_out_share, seed)]
         train = [d for d in documents if not split.is_held_out(d, config.held_out_share, seed)]
@@ -64,14 +67,12 @@ def build(folder: Path, config: CorpusConfig, vocab_size: int, seed: int, run: R
 
 
 def _within(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
-    """Documents up to a total size. In an order of their own, so that the first part is a fair sample of the whole."""
-    if not max_bytes:
-        yield from documents
-        return
+    """Documents until their total size reaches `max_bytes`; all of them with 0."""
     total = 0
-    for document in sorted(documents, key=lambda d: split.fraction(d.id, seed=0)):
+    for document in documents:
         total += len(document.text.encode())
-        if total > max_bytes:
+        if max_bytes and total > max_bytes:
+            log.warning("corpus: stopped reading at max_bytes=%s, before %s", f"{max_bytes:,}", document.id)
             return
         yield document
 

@@ -27,7 +27,7 @@ def speculation(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int
         "requests": len(prompts),
         "tokens": sum(len(o.token_ids) for o in got),
         "acceptance": drafting.stats.acceptance,
-        "tokens_per_step": drafting.stats.tokens_per_step,
+        "tokens_per_step": drafting.stats.tokens_per_row,
     }
 
 

@@ -31,17 +31,17 @@ class Demonstrations:
         return self
 
     def __next__(self) -> Batch:
-        """Take demonstrations in order until the next one fits in no row."""
+        """Take demonstrations in order, each into the first row with room, until the next one fits in none."""
+        rows: list[list[Sample]] = [[] for _ in range(self.rows)]
         free = [self.length] * self.rows
-        samples: list[Sample] = []
         for sample in self._from(self.taken):
             room = next((r for r, left in enumerate(free) if left >= len(sample.ids)), None)
             if room is None:
                 break
             free[room] -= len(sample.ids)
-            samples.append(sample)
-        self.taken += len(samples)
-        return pack(samples, self.length, self.tokenizer.pad_id, rows=self.rows)
+            rows[room].append(sample)
+            self.taken += 1
+        return Batch.cat([pack(row, self.length, self.tokenizer.pad_id) for row in rows])
 
     def _from(self, start: int) -> Iterator[Sample]:
         while True:

@@ -1,5 +1,7 @@
 """Every stage on two CPU cores, in minutes."""
 
+from dataclasses import replace
+
 from benthic.model.config import ModelConfig
 from benthic.posttrain.config import GRPOConfig
 from benthic.recipes.demo import CorpusConfig, DemoConfig, EvaluationConfig
@@ -19,10 +21,10 @@ def model() -> ModelConfig:
     )  # fmt: skip
 
 
-def demo() -> DemoConfig:
-    """`benthic demo`: about seven minutes on two cores."""
-    rows = dict(per_device_train_batch_size=8, max_length=256)
-    return DemoConfig(
+def demo(smoke: bool = False) -> DemoConfig:
+    """`benthic demo`: about seven minutes on two cores; with `smoke` a few steps of every stage."""
+    rows = {"per_device_train_batch_size": 8, "max_length": 256}
+    config = DemoConfig(
         recipe="tiny",
         model=model(),
         corpus=CorpusConfig(max_bytes=12_000_000),
@@ -51,3 +53,20 @@ def demo() -> DemoConfig:
         ),
         evaluation=EvaluationConfig(problems=400, samples=8),
     )  # fmt: skip
+    return shortened(config) if smoke else config
+
+
+def shortened(config: DemoConfig) -> DemoConfig:
+    """The same stages with a few steps each: shows that they run, teaches nothing."""
+    updates = config.grpo.steps_per_generation
+    return replace(
+        config,
+        corpus=replace(config.corpus, max_bytes=2_000_000),
+        pretrain=replace(config.pretrain, max_steps=12, eval_steps=6, save_steps=6),
+        balance_off_steps=5,
+        sft=replace(config.sft, max_steps=6),
+        shortcut=replace(config.shortcut, max_steps=2),
+        rl=replace(config.rl, max_steps=2 * updates, save_steps=updates),
+        grpo=replace(config.grpo, prompts_per_generation=2 * updates, num_generations=4, max_completion_length=16),
+        evaluation=replace(config.evaluation, problems=8, speculative_prompts=8),
+    )
