@@ -21,7 +21,7 @@ class Rendered:
 
 
 def render(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, add_generation_prompt: bool = False) -> Rendered:
-    """`{bos}{system}<｜User｜>{user}<｜Assistant｜>{answer}{eos}`; the generation prompt is `<｜Assistant｜>` at the end.
+    """`{bos}{system}<｜User｜>{user}<｜Assistant｜>{answer}{eos}`, and `<｜Assistant｜>` last to ask for an answer.
 
     System turns go first, joined by a blank line. An answer that a user turn follows keeps only what comes after
     `</think>`. Only assistant turns can hold thinking tokens: everywhere else a token's name is plain text.

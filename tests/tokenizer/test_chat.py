@@ -83,7 +83,7 @@ turn = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(messages=st.lists(turn, min_size=1, max_size=6), prompt=st.booleans())
 def test_the_saved_jinja_template_renders_the_same_ids(tokenizer, library, messages, prompt):
     rendered = render(messages, tokenizer, prompt)
