@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import arg
 
-from benthic.base.errors import BenthicError, InputError, did_you_mean
+from benthic.base.errors import BenthicError, InputError, Interrupted, did_you_mean
 from benthic.jobs.config import ChatConfig, CompletionConfig, DoctorConfig, EnvConfig, GenerateConfig
 from benthic.recipes.demo import DemoConfig
 from benthic.server.config import ServeConfig
@@ -92,7 +92,7 @@ def _demo_defaults(words: list[str]) -> Demo:
         from benthic.recipes import small as recipe
     config = recipe.demo(smoke=True) if choice.smoke else recipe.demo()
     named: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return Demo(**named | {"recipe": choice.recipe, "smoke": choice.smoke})
+    return Demo(**named | {"recipe": choice.recipe})
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -156,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Interrupted as stopped:
+        print(f"benthic: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
         if "--debug" in argv:
             raise

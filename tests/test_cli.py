@@ -1,5 +1,6 @@
 """The command line: fast without torch, one-line errors, documented exit codes, one meaning per spelling."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -106,10 +107,14 @@ def demo(*words: str):
     return cli.parse(["demo", *words])[1].config()
 
 
-def test_defaults_are_the_recipe():
-    from benthic.recipes import tiny
+@pytest.mark.parametrize("smoke", [False, True])
+def test_defaults_are_those_of_the_chosen_recipe(smoke):
+    from benthic.recipes import small, tiny
 
-    assert demo() == tiny.demo()
+    flag = ["--smoke"] if smoke else []
+    assert demo(*flag) == demo("--recipe", "tiny", *flag) == tiny.demo(smoke=smoke)
+    assert demo(*flag, "--recipe=small") == small.demo(smoke=smoke)
+    assert demo(*flag, "--recipe=small", "--seed", "3") == dataclasses.replace(small.demo(smoke=smoke), seed=3)
 
 
 def test_dash_and_underscore_and_equals_sign_mean_the_same():
@@ -195,20 +200,31 @@ def test_usage_errors_read_the_same_on_an_ascii_terminal():
         (CheckpointError("a -> b"), 1),
         (InputError("a -> b"), 2),
         (DoesNotFit("a -> b"), 3),
-        (Interrupted(2, "a -> b"), 130),
-        (Interrupted(15, "a -> b"), 143),
         (MemoryError("1 GB"), 3),
         (PermissionError(13, "Permission denied", "/x"), 1),
         (KeyError("x"), 1),
-        (KeyboardInterrupt(), 130),
     ],
     ids=repr,
 )
 def test_each_error_ends_with_its_exit_code_and_one_line(error, code, monkeypatch, capsys):
     monkeypatch.setattr(env, "run", lambda: (_ for _ in ()).throw(error))
     assert cli.main(["env"]) == code
-    err = capsys.readouterr().err
-    assert err == "" if isinstance(error, KeyboardInterrupt) else re.fullmatch(r"benthic: error: .+ -> .+\n", err)
+    assert re.fullmatch(r"benthic: error: .+ -> .+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (Interrupted(2, "saved step 7"), 130, "benthic: saved step 7\n"),
+        (Interrupted(15, "saved step 7"), 143, "benthic: saved step 7\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=repr,
+)
+def test_a_stop_that_was_asked_for_is_no_error(stop, code, line, monkeypatch, capsys):
+    monkeypatch.setattr(env, "run", lambda: (_ for _ in ()).throw(stop))
+    assert cli.main(["env"]) == code
+    assert capsys.readouterr().err == line
 
 
 def test_only_debug_shows_the_traceback(monkeypatch):

@@ -26,7 +26,7 @@ class AnswerConfig:
     device: Device = "auto"
     """auto: cuda where there is one, else cpu."""
     dtype: Dtype = "auto"
-    """Precision of the computation. auto: bfloat16 on cuda, float32 on cpu."""
+    """Precision of the computation; auto takes what the model's config.json names."""
 
 
 @dataclass(frozen=True, kw_only=True)
