@@ -10,8 +10,9 @@ from benthic.base.errors import InputError
 # Keys of released config files that say nothing about the computation, or that Benthic derives itself.
 IGNORED = frozenset(
     "architectures auto_map attention_bias attention_dropout aux_loss_alpha dtype ep_size head_dim hidden_act "
-    "initializer_range model_type moe_layer_freq num_key_value_heads pad_token_id pretraining_tp qk_head_dim "
-    "quantization_config rope_interleave seq_aux torch_dtype transformers_version use_cache".split()
+    "initializer_range model_type moe_layer_freq num_key_value_heads output_router_logits pad_token_id pretraining_tp "
+    "qk_head_dim quantization_config rope_interleave rope_parameters seq_aux torch_dtype transformers_version "
+    "use_cache".split()
 )
 
 
@@ -95,6 +96,11 @@ class ModelConfig:
             raise InputError(f"n_group={self.n_group} leaves groups of one expert -> use at least two per group")
         if self.qk_rope_head_dim % 2:
             raise InputError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd -> rotary pairs need an even width")
+        if self.num_nextn_predict_layers and self.first_k_dense_replace > self.num_hidden_layers:
+            raise InputError(
+                f"first_k_dense_replace={self.first_k_dense_replace} makes prediction modules dense"
+                f" -> use 0 to num_hidden_layers={self.num_hidden_layers}"
+            )
 
     @property
     def qk_head_dim(self) -> int:
@@ -129,4 +135,10 @@ def from_hf(data: dict[str, Any], where: str) -> ModelConfig:
             raise InputError(f"{key}={data[key]!r} in {where} -> only {plain!r} is supported")
     if data.get("quantization_config"):
         raise InputError(f"quantization_config in {where} -> this version loads unquantised weights")
+    rope = data.get("rope_parameters") or {}  # how transformers 5 writes rope_theta and rope_scaling
+    if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", "rope_type"}:
+        raise InputError(f"rope_parameters={rope!r} in {where} -> only rope_theta is supported")
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(f"rope_parameters={rope!r} in {where} -> only rope_type 'default' is supported")
+    data = data | {key: rope[key] for key in rope if key == "rope_theta"}
     return from_dict(ModelConfig, {k: v for k, v in data.items() if k not in IGNORED}, where)

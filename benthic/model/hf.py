@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from benthic.base.errors import CheckpointError, InputError
-from benthic.base.files import MANIFEST, PARTIAL, commit_folder, json_bytes, sha256_file, verify_folder, write_file
+from benthic.base.files import (
+    MANIFEST,
+    PARTIAL,
+    commit_folder,
+    json_bytes,
+    remove_folder,
+    sha256_file,
+    verify_folder,
+    write_file,
+)
 from benthic.base.tensors import TensorFile, write_tensors
 from benthic.model.config import ModelConfig, from_hf, to_hf
 from benthic.model.transformer import Transformer
@@ -55,7 +64,11 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -
 
     Returns the sha256 of each of its files, for a manifest further out.
     """
+    if folder.exists():
+        raise InputError(f"model folder {folder} already exists -> choose another, or remove it first")
     partial = folder.with_name(PARTIAL + folder.name)
+    if partial.exists():  # left by a process that was stopped while writing
+        remove_folder(partial)
     partial.mkdir(parents=True)
     tensors = dict(checkpoint_views(model)) | dict(shared_copies(model))
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
