@@ -118,7 +118,7 @@ def test_a_file_cut_short_anywhere_is_named(tmp_path: Path, keep: int) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_an_error_with_the_path(tmp_path: Path) -> None:
-    with pytest.raises(BenthicError, match="cannot write .*nowhere"):
+    with pytest.raises(BenthicError, match=r"cannot write .*nowhere"):
         write_tensors(tmp_path / "nowhere" / "x", {"a": example(torch.float32, 1)})
 
 

@@ -1,5 +1,6 @@
 """Decoding from the latent cache equals training's expanded form."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -126,8 +127,6 @@ def test_rows_of_different_lengths_in_one_batch_equal_each_row_alone(model: Tran
 def test_other_shapes_decode_equally(
     tiny: ModelConfig, build: Callable[..., Transformer], change: dict[str, int]
 ) -> None:
-    import dataclasses
-
     model = build(dataclasses.replace(tiny, **change))
     decoding = Decoding(model, prompts(8, 3))
     decoding.run([[3, 1], [1, 2], [4, 0]])

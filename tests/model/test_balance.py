@@ -1,0 +1,173 @@
+import pytest
+import torch
+from torch import Tensor
+
+from benthic.model.balance import expert_load, max_violation, sequence_balance_loss, update_bias
+from benthic.model.config import ModelConfig
+from benthic.model.gate import Choice, Gate
+
+B, T, E, K = 3, 6, 8, 2
+
+
+def choice_of(scores: Tensor) -> Choice:
+    """A choice whose topk_ids are deliberately not the top-K of the scores: the loss must not look at them."""
+    flat = scores.reshape(-1, scores.shape[-1])
+    ids = flat.topk(K, -1, largest=False).indices
+    return Choice(flat, ids, flat.gather(1, ids))
+
+
+@pytest.fixture
+def scores() -> Tensor:
+    return torch.rand(B, T, E, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.98 + 0.01
+
+
+def loop(scores: Tensor, lengths: list[int]) -> float:
+    """V3 Eq 17-20 without alpha, each sequence over its own first tokens, averaged over sequences."""
+    losses = []
+    for row, length in zip(scores.tolist(), lengths):
+        loss = 0.0
+        for i in range(E):
+            hits, share = 0, 0.0
+            for t in range(length):
+                top = sorted(range(E), key=lambda j: -row[t][j])[:K]
+                hits += i in top
+                share += row[t][i] / sum(row[t])  # Eq 19
+            f_i = E / (K * length) * hits  # Eq 18
+            p_i = share / length  # Eq 20
+            loss += f_i * p_i  # Eq 17
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+def test_the_loss_equals_the_printed_equations(scores: Tensor) -> None:
+    loss = sequence_balance_loss(choice_of(scores), (B, T), None)
+    assert loss.item() == pytest.approx(loop(scores, [T] * B), rel=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[6, 4, 1], [1, 1, 6], [6, 6, 6]])
+def test_padding_is_left_out(scores: Tensor, lengths: list[int]) -> None:
+    valid = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)  # [B, T]
+    loss = sequence_balance_loss(choice_of(scores), (B, T), valid.reshape(-1))
+    assert loss.item() == pytest.approx(loop(scores, lengths), rel=1e-12)
+    other = scores.clone()
+    other[~valid] = other[~valid].flip(-1) * 0.1
+    assert sequence_balance_loss(choice_of(other), (B, T), valid.reshape(-1)).item() == pytest.approx(loss.item())
+
+
+def test_without_a_mask_padding_would_change_the_loss(scores: Tensor) -> None:
+    loss = sequence_balance_loss(choice_of(scores), (B, T), None).item()
+    assert loss != pytest.approx(loop(scores, [6, 4, 1]), rel=1e-3)
+
+
+def test_the_loss_is_taken_per_sequence_not_over_the_batch(scores: Tensor) -> None:
+    per_sequence = sequence_balance_loss(choice_of(scores), (B, T), None).item()
+    as_one = sequence_balance_loss(choice_of(scores), (1, B * T), None).item()
+    assert per_sequence > as_one  # one long sequence is better balanced
+
+
+def test_a_row_of_padding_only_is_finite_and_adds_nothing(scores: Tensor) -> None:
+    valid = torch.ones(B, T, dtype=torch.bool)
+    valid[2] = False
+    loss = sequence_balance_loss(choice_of(scores), (B, T), valid.reshape(-1))
+    two = loop(scores[:2], [T, T]) * 2 / 3
+    assert loss.item() == pytest.approx(two, rel=1e-12)
+
+
+def test_perfect_balance_is_one_and_collapse_is_far_above() -> None:
+    even = torch.full((1, E, E), 0.1)
+    for t in range(E):
+        even[0, t, [t, (t + 1) % E]] = 0.9  # every expert is among the best two equally often
+    assert sequence_balance_loss(choice_of(even), (1, E), None).item() == pytest.approx(1.0)
+    collapsed = torch.full((1, E, E), 0.01)
+    collapsed[0, :, :K] = 0.99
+    assert sequence_balance_loss(choice_of(collapsed), (1, E), None).item() > 3.5
+
+
+def test_its_gradient_flows_through_the_shares_only(scores: Tensor) -> None:
+    leaf = scores.clone().requires_grad_()
+    sequence_balance_loss(choice_of(leaf), (B, T), None).backward()
+    with torch.no_grad():
+        hits = torch.zeros_like(scores).scatter_(-1, scores.topk(K, -1).indices, 1.0)
+        f = E / (K * T) * hits.sum(1, keepdim=True)  # constants
+    other = scores.clone().requires_grad_()
+    (f * other / other.sum(-1, keepdim=True)).sum(-1).mean().backward()  # f is constant over t, so means commute
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_minimising_the_loss_balances_the_scores() -> None:
+    raw = torch.randn(1, 32, E, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, E)
+    raw.requires_grad_()
+    optimiser = torch.optim.Adam([raw], lr=0.05)
+    losses = []
+    for _ in range(60):
+        loss = sequence_balance_loss(choice_of(raw.sigmoid()), (1, 32), None)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.15
+    assert min(losses) < 1.05
+
+
+def test_load_counts_every_choice_of_valid_tokens() -> None:
+    ids = torch.tensor([[0, 1], [0, 3], [3, 0], [5, 4]])
+    choice = Choice(torch.rand(4, E), ids, torch.rand(4, 2))
+    assert expert_load(choice, E, None).tolist() == [3, 1, 0, 2, 1, 1, 0, 0]
+    valid = torch.tensor([True, True, False, False])
+    assert expert_load(choice, E, valid).tolist() == [2, 1, 0, 1, 0, 0, 0, 0]
+    assert expert_load(choice, E, torch.zeros(4, dtype=torch.bool)).tolist() == [0] * E
+    assert expert_load(choice, E, None).dtype == torch.int64
+
+
+def test_the_bias_of_busy_experts_falls_and_of_idle_ones_rises_by_exactly_the_speed() -> None:
+    bias = torch.tensor([0.5, 0.5, -0.25, 0.0])
+    update_bias(bias, torch.tensor([9, 4, 0, 3]), speed=0.25)  # mean 4
+    assert bias.tolist() == [0.25, 0.5, 0.0, 0.25]
+
+
+def test_an_exactly_balanced_load_leaves_the_bias_alone_bit_for_bit() -> None:
+    bias = torch.randn(E, generator=torch.Generator().manual_seed(0))
+    before = bias.clone()
+    update_bias(bias, torch.full((E,), 12345), speed=0.001)
+    assert torch.equal(bias, before)
+
+
+def test_speed_zero_freezes_the_bias() -> None:
+    bias = torch.ones(4)
+    update_bias(bias, torch.tensor([9, 4, 0, 3]), speed=0.0)
+    assert bias.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"), [([4, 4, 4, 4], 0.0), ([16, 0, 0, 0], 3.0), ([6, 2, 4, 4], 0.5)], ids=str
+)
+def test_violation_is_the_excess_of_the_busiest_over_the_mean(load: list[int], expected: float) -> None:
+    assert max_violation(torch.tensor(load)).item() == pytest.approx(expected)
+    assert max_violation(torch.tensor([load, [1, 1, 1, 1]])).tolist() == pytest.approx([expected, 0.0])
+
+
+def violation_after(steps: int, speed: float) -> tuple[float, float]:
+    """MaxVio of the first and the last batch of a skewed gate whose bias is updated after every batch."""
+    config = ModelConfig(hidden_size=16, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2)
+    gate, generator = Gate(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        gate.weight.copy_(torch.randn(8, 16, generator=generator) * 0.3)
+        gate.weight[:2] += 0.15  # two experts that everybody likes, since tokens have a positive mean
+    violations = []
+    for _ in range(steps):
+        x = torch.randn(256, 16, generator=generator) + 0.5
+        load = expert_load(gate(x), 8, None)
+        violations.append(max_violation(load).item())
+        update_bias(gate.e_score_correction_bias, load, speed)
+    return violations[0], sum(violations[-10:]) / 10
+
+
+def test_updating_the_bias_drives_violation_down() -> None:
+    first, last = violation_after(steps=120, speed=0.01)
+    assert first > 1.0
+    assert last < 0.3
+
+
+def test_without_the_update_violation_stays() -> None:
+    first, last = violation_after(steps=120, speed=0.0)
+    assert last > 0.8 * first
