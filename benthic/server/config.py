@@ -14,7 +14,7 @@ from benthic.base.errors import InputError
 class ServeConfig:
     """One server for one model. Raises InputError for a value outside its range."""
 
-    model: Positional[Path]
+    model: Positional[str]
     """Folder with config.json, safetensors and tokenizer.json."""
     served_model_name: str = ""
     """Name by which clients ask for the model; empty takes the folder's name."""
@@ -59,4 +59,4 @@ class ServeConfig:
     @property
     def name(self) -> str:
         """The model's name as clients see it."""
-        return self.served_model_name or self.model.resolve().name
+        return self.served_model_name or Path(self.model).resolve().name

@@ -20,7 +20,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
     {
         "header_count": Limit(0, 100, "header lines of a request"),
         "header_bytes": Limit(0, 16 * 1024, "bytes of all header names and values"),
-        "body_bytes": Limit(0, 4 * 1024 * 1024, "bytes of a request body"),
+        "body_bytes": Limit(0, 2 * 1024 * 1024, "bytes of a request body"),
         "body_seconds": Limit(0, 30, "seconds a client may take to send its body"),
         "send_seconds": Limit(0, 60, "seconds a client may leave its answer unread before it loses it"),
         "model": Limit(1, 256, "characters of the model's name"),

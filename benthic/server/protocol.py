@@ -5,7 +5,6 @@ A field that would change the answer and is not supported is refused by name, ne
 
 import json
 import math
-import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,10 +263,11 @@ def _text(text: str, where: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """At most some 60 characters of a value of any size or depth."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxlong, short.maxother = 2, 60, 40, 60
-    return short.repr(value)
+    """A value in a few characters, whatever its size or depth."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 64 else f"{text[:60]}..."
 
 
 def _bad(param: str, message: str) -> ApiError:

@@ -117,7 +117,8 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(l
         connection.close()
     other.join(20)
     assert neighbour == [200]
-    assert eventually(lambda: server.worker.idle and not engine.running and not server.server.server_state.connections)
+    assert eventually(lambda: server.worker.idle and not engine.running)
+    assert eventually(lambda: len(server.server.server_state.connections) <= 1)  # the neighbour's, kept alive
     assert engine.counts["added"] == engine.counts["aborted"] + engine.counts["finished"]
     assert engine.counts["aborted"] > 10
     assert not server.worker._running
@@ -125,6 +126,17 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(l
     assert not server.server.server_state.tasks
     assert threading.active_count() <= threads + 40  # the pool that renders prompts
     assert ask(model="tiny", messages=MESSAGES, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_a_worker_that_forgets_to_abort_would_be_noticed(launch, engine, eventually, raw):
+    engine.script, engine.pause = [65] * 100_000, 0.001
+    server = launch(max_model_len=200_000)
+    server.worker.close = server.worker._open.discard  # the place is given back, the engine is not told
+    connection = raw(server.port, request(True))
+    assert eventually(lambda: engine.counts["steps"] > 3)
+    connection.close()
+    assert eventually(lambda: server.worker.idle)
+    assert not eventually(lambda: not engine.running, seconds=0.3)
 
 
 def test_an_idle_engine_thread_sleeps(launch, engine, eventually):

@@ -1,6 +1,7 @@
 """The reader of requests: what is accepted, and that everything else is refused by name."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -117,6 +118,17 @@ def test_numbers_that_are_not_finite_are_refused(name, number):
 def test_a_body_that_is_no_json_object_is_refused(body):
     error = refused(body)
     assert error.code == "invalid_json" or error.param == "model"
+
+
+@pytest.mark.parametrize("name", ["temperature", "stop", "messages"])
+def test_a_large_value_costs_no_more_than_reading_it_and_is_not_quoted(name):
+    body = json.dumps({**GOOD, name: {str(i): i for i in range(50_000)}}).encode()
+    start = time.perf_counter()
+    json.loads(body)
+    loaded = time.perf_counter()
+    error = refused(body)
+    assert time.perf_counter() - loaded < 3 * (loaded - start) + 0.1
+    assert len(error.message) < 300
 
 
 def test_no_text_of_a_message_is_quoted_in_an_error():
