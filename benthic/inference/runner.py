@@ -52,8 +52,8 @@ class Runner:
         accepted = speculative.accept(rows, tokens)
         drafts = torch.full_like(rows.counts, NO_DRAFT)
         if self.config.num_speculative_tokens and rows.any_greedy:
-            ahead = speculative.ahead(self.model, self.cache, rows, hidden, tokens, accepted)  # [B, d]
-            guess = self.model.logits(ahead)[:, : self.vocab_size].argmax(-1)
+            ahead = speculative.ahead(self.model, view, rows, hidden, tokens, accepted)  # [B, d]
+            guess = self.model.logits(ahead).argmax(-1)
             drafts = guess if rows.sampling is None else torch.where(rows.sampling.greedy, guess, drafts)
         return _to_host(tokens, logprobs, accepted, drafts)
 

@@ -33,7 +33,8 @@ def choose(logits: Tensor, sampling: Sampling | None, vocab_size: int) -> tuple[
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [B, V] -> tokens [B] by the inverse distribution function, in float64 and in vocabulary order.
 
-    The largest logit is subtracted before the division, so that no temperature above 0 can overflow.
+    The largest logit is subtracted before the division, so that no temperature above 0 can overflow. The largest
+    weight is then 1, and a random number below 1 never rounds up to the whole sum.
     """
     shifted = logits.double() - logits.amax(-1, keepdim=True)
     weights = (shifted / sampling.temperature.unsqueeze(1)).exp()  # [B, V], the largest is 1
@@ -42,8 +43,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     cumulative = weights.cumsum(-1)  # [B, V]
     target = sampling.uniform.unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)  # first with cumulative > target: its weight is not 0
-    last = cumulative.argmax(-1, keepdim=True)  # where rounding makes the target equal the sum, take the last weight
-    return torch.minimum(tokens, last).squeeze(1)
+    return tokens.clamp(max=logits.shape[1] - 1).squeeze(1)  # past the end only if logits are NaN: an id to report
 
 
 def _kept(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

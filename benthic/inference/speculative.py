@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benthic.inference.batch import Rows
-from benthic.model.cache import CacheView, LatentCache
+from benthic.model.cache import CacheView
 from benthic.model.transformer import Transformer
 
 
@@ -25,24 +25,15 @@ def accept(rows: Rows, tokens: Tensor) -> Tensor:
     return ((rows.counts == 2) & (tokens[:, 0] == rows.ids[:, 1])).long()
 
 
-def ahead(
-    model: Transformer, cache: LatentCache, rows: Rows, hidden: Tensor, tokens: Tensor, accepted: Tensor
-) -> Tensor:
-    """hidden [B, Q, d], tokens [B, K], accepted [B] -> hidden states [B, d] whose logits guess the token after the
-    last one emitted. Rows that sample do not take part: they become padding, and their states mean nothing.
+def ahead(model: Transformer, view: CacheView, rows: Rows, hidden: Tensor, tokens: Tensor, accepted: Tensor) -> Tensor:
+    """hidden [B, Q, d], tokens [B, K], accepted [B] -> hidden states [B, d] whose logits guess the token after the last
+    one emitted. `view` is that of the main pass. Rows that sample are computed too; nobody looks at them.
     """
-    every = torch.arange(len(rows.counts), device=tokens.device)
+    every = torch.arange(len(tokens), device=tokens.device)
     if rows.prefill:
-        valid, next_ids = rows.counts, rows.next_ids.clone()
-        last = next_ids[every, valid - 1]
-        next_ids[every, valid - 1] = torch.where(rows.whole, tokens[:, 0], last)
+        last, next_ids = rows.counts - 1, rows.next_ids.clone()
+        next_ids[every, last] = torch.where(rows.whole, tokens[:, 0], next_ids[every, last])
     else:
-        valid, next_ids = 1 + accepted, tokens
-    table = rows.table
-    if rows.sampling is not None:
-        valid = valid * rows.sampling.greedy
-        table = table * rows.sampling.greedy.unsqueeze(1)
-    real = torch.arange(next_ids.shape[1], device=tokens.device) < valid.unsqueeze(1)  # [B, Q]
-    view = CacheView(cache, rows.write * real, table)
-    out, _ = model.mtp_hidden(hidden, next_ids * real, positions=rows.positions * real, cache=view)
-    return out[every, (valid - 1).clamp(min=0)]
+        last, next_ids = accepted, tokens
+    out, _ = model.mtp_hidden(hidden, next_ids, positions=rows.positions, cache=view)  # [B, Q, d]
+    return out[every, last]

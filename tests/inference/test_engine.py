@@ -8,6 +8,7 @@ from benthic.base.errors import BenthicError, DoesNotFit, InputError
 from benthic.inference.config import EngineConfig, SamplingParams, sample_seed
 from benthic.inference.engine import Engine
 from benthic.inference.request import Request
+from benthic.inference.sampler import uniforms
 from benthic.model.transformer import Transformer
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
@@ -106,14 +107,26 @@ def poison(engine: Engine) -> None:
     latents[:, ~keep] = math.nan
 
 
-def test_poison_where_it_is_read_is_noticed(model, prompts):
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_poison_where_it_is_read_is_noticed(model, prompts, temperature):
     """Negative control: NaN in an owned slot surfaces as an error."""
     engine = Engine(model, None)
-    engine.add(Request(prompt_token_ids=prompts[0], params=GREEDY))
+    engine.add(Request(prompt_token_ids=prompts[0], params=SamplingParams(temperature=temperature)))
     engine.step()
     engine.runner.cache.latents[:, engine.config.page_size] = math.nan
     with pytest.raises(BenthicError, match="not finite"):
         engine.step()
+
+
+def test_each_position_takes_its_own_random_number(model, prompts):
+    params = SamplingParams(max_tokens=12, temperature=1.5, seed=8)
+    for output in Engine(model, None).generate(prompts[:6], params):
+        ids = torch.tensor([output.prompt_token_ids + output.token_ids])
+        with torch.inference_mode():
+            p = (model(ids)[0, len(output.prompt_token_ids) - 1 : -1].double() / 1.5).softmax(-1)  # [12, V]
+        below = p.cumsum(-1).gather(1, torch.tensor(output.token_ids)[:, None]).squeeze(1).tolist()
+        for token, upper, row, u in zip(output.token_ids, below, p.tolist(), uniforms(8, 12)):
+            assert upper - row[token] - 1e-5 <= u <= upper + 1e-5
 
 
 def test_logprobs_are_those_of_the_untempered_model(model, prompts):

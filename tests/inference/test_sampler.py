@@ -81,6 +81,24 @@ def test_greedy_rows_take_the_likeliest_beside_sampling_rows():
     assert torch.allclose(logprobs, logits.log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2), atol=1e-6)
 
 
+def test_a_row_that_keeps_everything_keeps_the_unlikeliest_beside_one_that_cuts():
+    logits = torch.tensor([[-60.0, 0.0], [-60.0, 0.0]])
+    assert sample(logits, sampling(2, 0.0, top_p=[1.0, 0.5])).tolist() == [0, 1]
+
+
+def test_equal_weights_rank_by_token_id():
+    logits = torch.zeros(3, 5000)
+    assert sample(logits, sampling(3, [0.0, 0.5, 0.999], top_k=10)).tolist() == [0, 5, 9]
+
+
+def test_ids_beyond_the_vocabulary_count_in_the_softmax_but_are_not_chosen():
+    logits = torch.arange(30.0).expand(2, 1, 30)
+    for s in (None, sampling(2, 0.9999)):
+        tokens, logprobs = choose(logits, s, 20)
+        assert tokens.tolist() == [[19], [19]]
+        assert torch.allclose(logprobs, logits.log_softmax(-1)[:, :, 19])
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("temperature", [5e-324, 1e-12, 1.0, 1e300])
 def test_extreme_numbers_choose_a_token_of_nonzero_weight(uniform, temperature):
