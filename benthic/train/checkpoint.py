@@ -52,39 +52,42 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `parent/step-N`, verify what the disk holds, then remove all but the newest `keep`."""
+    """Write `parent/step-N`, verify what the disk holds, then remove all but the newest `keep` up to this step.
+
+    Where this very step was saved before, the contents are the same: whole, it stays; damaged, it is written again.
+    """
     final = parent / f"step-{step:08d}"
-    if final.exists():  # this very step was saved before: the contents are the same
-        verify_folder(final)
+    if final.exists() and _damage(final) is None:
         return final
     partial = parent / f"{PARTIAL}{final.name}"
+    for useless in (final, partial):
+        if useless.exists():
+            remove_folder(useless)
     partial.mkdir(parents=True)
     digests = {f"model/{n}": d for n, d in hf.write_model(partial / "model", model, tokenizer).items()}
     digests["trainer.safetensors"] = write_tensors(partial / "trainer.safetensors", tensors)
     digests["trainer.json"] = write_file(partial / "trainer.json", [json_bytes(state)])
     commit_folder(partial, final, digests)
     verify_folder(final)
-    for old in _steps(parent)[:-keep]:
+    for old in [folder for folder in _steps(parent) if folder <= final][:-keep]:
         remove_folder(old)
     return final
 
 
 def newest(parent: Path) -> Saved | None:
-    """The newest whole checkpoint, or None where there is none. Clears away leftovers of interrupted writes.
+    """The newest whole checkpoint, or None where there is none. Clears away what interrupted processes left.
 
     A damaged checkpoint is reported and its predecessor offered; if all are damaged, CheckpointError.
     """
     if not parent.is_dir():
         return None
     remove_partial(parent)
-    damaged: list[CheckpointError] = []
-    for folder in reversed(_steps(parent)):
+    for folder in _steps(parent):
         if not (folder / MANIFEST).exists():  # a removal that was cut short
             remove_folder(folder)
-            continue
-        try:
-            verify_folder(folder)
-        except CheckpointError as error:
+    damaged: list[CheckpointError] = []
+    for folder in reversed(_steps(parent)):
+        if error := _damage(folder):
             log.warning("%s", error)
             damaged.append(error)
             continue
@@ -92,6 +95,15 @@ def newest(parent: Path) -> Saved | None:
         return Saved(folder, TensorFile(folder / "trainer.safetensors"), state)
     if damaged:
         raise CheckpointError(f"no whole checkpoint in {parent}; the newest: {damaged[0]}")
+    return None
+
+
+def _damage(folder: Path) -> CheckpointError | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        verify_folder(folder)
+    except CheckpointError as error:
+        return error
     return None
 
 
