@@ -1,0 +1,56 @@
+"""Held-out loss: every token but the first is predicted once, from its own window."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from training_example import fresh_model
+
+from benthic.train.validate import bits_per_byte, held_out_loss
+
+
+class Tokens:
+    """What `held_out_loss` needs of token shards."""
+
+    def __init__(self, count: int):
+        self.ids = np.random.default_rng(0).integers(0, 64, count).astype("uint16")
+        self.num_tokens = count
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= self.num_tokens
+        return self.ids[start:stop]
+
+
+@pytest.mark.parametrize("count", [9, 33, 36, 41])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_mean_is_that_of_every_token_of_every_whole_window(count, rows):
+    model, shards, length = fresh_model(), Tokens(count), 8
+    windows = (count - 1) // length
+    ids = torch.from_numpy(shards.ids.astype("int64"))
+    total, mtp = 0.0, 0.0
+    with torch.no_grad():
+        for w in range(windows):
+            window, wanted = ids[w * length : (w + 1) * length], ids[w * length + 1 : (w + 1) * length + 1]
+            hidden, _ = model.hidden(window[None])
+            total -= model.logits(hidden)[0].log_softmax(-1)[torch.arange(length), wanted].sum().item()
+            ahead, _ = model.mtp_hidden(hidden, wanted[None])
+            mtp -= model.logits(ahead)[0, :-1].log_softmax(-1)[torch.arange(length - 1), wanted[1:]].sum().item()
+    model.train()
+    values = held_out_loss(model, shards, length, rows)  # type: ignore[arg-type]
+    assert values["heldout_tokens"] == windows * length
+    assert values["heldout_loss"] == pytest.approx(total / (windows * length), rel=1e-5)
+    assert values["heldout_mtp_loss"] == pytest.approx(mtp / (windows * (length - 1)), rel=1e-5)
+    assert model.training
+
+
+def test_max_windows_reads_only_the_first():
+    shards = Tokens(100)
+    few = held_out_loss(fresh_model(), shards, 8, 2, max_windows=3)  # type: ignore[arg-type]
+    shards.num_tokens = 25
+    assert few == held_out_loss(fresh_model(), shards, 8, 2)  # type: ignore[arg-type]
+
+
+def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
+    assert bits_per_byte(math.log(256), 100, 100) == pytest.approx(8)
+    assert bits_per_byte(math.log(256), 50, 100) == pytest.approx(4)
