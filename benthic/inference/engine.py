@@ -101,8 +101,8 @@ class Engine:
 
     def step(self) -> Step:
         """Run one batch. Without anything to do, the step is empty."""
-        deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in self._aborted]
-        finished, self._aborted = self._aborted, []
+        finished = list(self._aborted)
+        deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
         if self._seqs:
             plan = self.scheduler.plan()
             result = self.runner.run(plan)
@@ -113,6 +113,7 @@ class Engine:
                 deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
                 if seq.finish_reason:
                     finished.append(self._seqs.pop(seq.request_id))
+        self._aborted.clear()  # only now: a step that fails has reported nothing
         return Step(deltas, [self._output(seq) for seq in finished])
 
     def _output(self, seq: Seq) -> Output:
