@@ -100,7 +100,8 @@ class Engine:
             self._aborted.append(seq)
 
     def step(self) -> Step:
-        """Run one batch. Without anything to do, the step is empty."""
+        """Run one batch. Without anything to do, the step is empty. After an error, abort every request: the engine is
+        then as good as new, but a step that failed cannot be tried again."""
         finished = list(self._aborted)
         deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
         if self._seqs:

@@ -116,6 +116,9 @@ def test_poison_where_it_is_read_is_noticed(model, prompts, temperature):
     engine.runner.cache.latents[:, engine.config.page_size] = math.nan
     with pytest.raises(BenthicError, match="not finite"):
         engine.step()
+    engine.abort(0)
+    assert [output.finish_reason for output in engine.step().outputs] == ["abort"]
+    assert answers(engine.generate(prompts[:2], GREEDY)) == [recomputed(model, prompt, 16) for prompt in prompts[:2]]
 
 
 def test_each_position_takes_its_own_random_number(model, prompts):
