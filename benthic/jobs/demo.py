@@ -4,6 +4,7 @@ Each stage leaves `<stage>/result.json` when it is done; stages that train leave
 command again goes on from there, and ends with the same bits as a run that was never interrupted.
 """
 
+import dataclasses
 import json
 import logging
 import platform
@@ -46,8 +47,11 @@ CONFIG = "config.json"
 
 def run(config: DemoConfig, stop: Stop) -> dict[str, Any]:
     """Run or continue the job in `config.output_dir`; returns what also stands in results.json."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if config.device == "cuda" and not found:
         raise InputError("device='cuda' but torch sees no GPU -> use --device cpu, or check `benthic doctor`")
+    if config.device == "auto":
+        config = dataclasses.replace(config, device="cuda" if found else "cpu")
     job = Demo(config, stop)
     try:
         return job.run_all()
@@ -117,14 +121,14 @@ class Demo:
         model = hf.empty(self.config.model, self.config.device, torch.float32, self.compute)
         return initialise(model, self.config.initializer_range, self.config.seed)
 
-    def trained(self, stage: str) -> Transformer:
-        """The model that a finished stage left."""
+    def trained(self, stage: str, compute: torch.dtype | None = None) -> Transformer:
+        """The model that a finished stage left, computing as configured or in `compute`."""
         saved = checkpoint.newest(self.folder / stage / "checkpoints")
         if saved is None:
             raise InputError(
                 f"stage {stage!r} in {self.folder} left no checkpoint -> delete its folder to run it again"
             )
-        model = hf.empty(self.config.model, self.config.device, torch.float32, self.compute)
+        model = hf.empty(self.config.model, self.config.device, torch.float32, compute or self.compute)
         hf.read_weights(saved.folder / "model", model)
         return model.eval()
 
@@ -236,7 +240,7 @@ class Demo:
         return {
             "speculative": measure.speculation(base, tokenizer, text, 64),
             "speculative_sums": measure.speculation(final, tokenizer, sums, self.config.grpo.max_completion_length),
-            "absorbed_error": measure.absorbed_error(final, held_out, 128, 4),
+            "absorbed_error": measure.absorbed_error(self.trained("grpo", torch.float32), held_out, 128, 4),
             "cache": measure.cache_bytes(final),
             "model": measure.facts(final),
         }
@@ -266,12 +270,12 @@ class Demo:
                 "untrained": base["untrained"]["heldout_bits_per_byte"],
                 "gzip": text["gzip_bits_per_byte"],
                 "gzip_per_document": text["gzip_per_document_bits_per_byte"],
-                "limit": 2.15,
+                "limit": self.config.evaluation.bits_per_byte_limit,
             },
             "balance": {
                 "with_bias": base["max_violation"],
                 "without_bias": done["balance_off"].get("max_violation"),
-                "limit": 0.5,
+                "limit": self.config.evaluation.max_violation_limit,
             },
             "rl": {name: done[name] for name in ("before", "after")} | {
                 "problems": done["before"]["problems"],

@@ -36,6 +36,10 @@ class EvaluationConfig:
     """Sampling temperature."""
     speculative_prompts: int = 64
     """Prompts on which speculative decoding is compared with plain decoding."""
+    bits_per_byte_limit: float = 2.15
+    """The report calls held-out text well predicted up to here."""
+    max_violation_limit: float = 0.5
+    """The report calls the load of the experts balanced up to here (MaxVio)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,8 @@ class DemoConfig:
     """Standard deviation of the initial weights."""
     recipe: str
     """Name of the recipe these numbers come from."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where it runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; auto: cuda where there is one, else cpu."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward pass; master weights stay float32."""
     seed: int = 0

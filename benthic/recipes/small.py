@@ -30,7 +30,7 @@ def demo(smoke: bool = False) -> DemoConfig:
         corpus=CorpusConfig(max_bytes=200_000_000),
         initializer_range=0.02,
         pretrain=TrainConfig(
-            **rows, max_steps=800, learning_rate=1.5e-3, warmup_steps=50, bias_update_speed=0.01,
+            **rows, max_steps=500, learning_rate=1.5e-3, warmup_steps=50, bias_update_speed=0.01,
             logging_steps=5, eval_steps=100, save_steps=200,
         ),
         balance_off_steps=100,

@@ -26,12 +26,13 @@ def demo(smoke: bool = False) -> DemoConfig:
     rows = {"per_device_train_batch_size": 8, "max_length": 256}
     config = DemoConfig(
         recipe="tiny",
+        device="cpu",
         model=model(),
         corpus=CorpusConfig(max_bytes=12_000_000),
         initializer_range=0.02,
         pretrain=TrainConfig(
-            **rows, max_steps=700, learning_rate=3e-3, warmup_steps=30, bias_update_speed=0.01,
-            logging_steps=1, eval_steps=100, save_steps=50,
+            **rows, max_steps=550, learning_rate=3e-3, warmup_steps=30, bias_update_speed=0.01,
+            logging_steps=1, eval_steps=50, save_steps=50,
         ),
         balance_off_steps=100,
         sft=TrainConfig(

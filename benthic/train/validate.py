@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import torch
 
 from benthic.base.batch import Batch
+from benthic.base.errors import InputError
 from benthic.data.shards import Shards
 from benthic.model.transformer import Transformer
 from benthic.train.loss import label_logprobs, next_ids, shifted_labels
@@ -15,17 +17,21 @@ def held_out_loss(model: Transformer, shards: Shards, length: int, rows: int, ma
     """Mean nats per token of the stream of held-out tokens, read in windows of `length` that do not overlap.
 
     Every token but the stream's first is predicted exactly once, from the tokens before it in its window.
-    `max_windows` > 0 reads only the first ones. Returns loss, mtp_loss and the number of predicted tokens.
+    `max_windows` > 0 reads only so many, evenly spread. Returns loss, mtp_loss and the number of predicted tokens.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    windows = (shards.num_tokens - 1) // length
-    windows = min(windows, max_windows) if max_windows else windows
+    there = (shards.num_tokens - 1) // length
+    windows = min(there, max_windows) if max_windows else there
+    if windows < 1:
+        raise InputError(
+            f"{shards.num_tokens} held-out tokens are less than one window of {length} -> hold out more text"
+        )
     total, mtp_total, mtp_count = 0.0, 0.0, 0
     for first in range(0, windows, rows):
-        many = min(rows, windows - first)
-        tokens = torch.from_numpy(shards.read(first * length, (first + many) * length + 1).astype("int64"))
-        batch = Batch(ids=tokens[:-1].view(many, length), labels=tokens[1:].view(many, length)).to(device)
+        starts = [i * there // windows * length for i in range(first, min(first + rows, windows))]
+        tokens = torch.from_numpy(np.stack([shards.read(s, s + length + 1) for s in starts]).astype("int64"))
+        batch = Batch(ids=tokens[:, :-1], labels=tokens[:, 1:]).to(device)  # [rows, length]
         hidden, _ = model.hidden(batch.ids)
         total -= label_logprobs(hidden, model.lm_head.weight, batch.labels)[0].double().sum().item()
         if len(model.mtp):
