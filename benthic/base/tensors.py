@@ -43,7 +43,7 @@ def _chunks(head: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memo
     yield head
     for name in sorted(tensors):
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 class TensorFile:
