@@ -46,7 +46,7 @@ class Decoding:
         self.cache = LatentCache(model.config, SLOTS, "cpu", torch.float32)
         self.done = [0] * len(rows)
         self.hidden: list[list[Tensor]] = [[] for _ in rows]
-        self.mtp_hidden: list[list[Tensor]] = [[] for _ in rows]
+        self.mtp_hidden: list[list[list[Tensor]]] = [[[] for _ in model.mtp] for _ in rows]  # row, depth, chunk
 
     def used(self) -> Tensor:
         return torch.cat(self.slots)
@@ -57,21 +57,20 @@ class Decoding:
         width = max(span.stop - span.start for span in spans)
         nothing = [0] * len(self.rows)
         ids = padded([row[span] for row, span in zip(self.rows, spans)], width, nothing)
-        after = [row.roll(-1)[span] for row, span in zip(self.rows, spans)]
         positions = padded([torch.arange(span.start, span.stop) for span in spans], width, nothing)
         write = padded([own[span] for own, span in zip(self.slots, spans)], width, nothing)
         context = max(span.stop for span in spans)
         table = padded([own[: span.stop] for own, span in zip(self.slots, spans)], context, self.fill)
         view = CacheView(self.cache, write, table)
         hidden, _ = self.model.hidden(ids, positions, cache=view)
-        if len(self.model.mtp):
-            further, _ = self.model.mtp_hidden(hidden, padded(after, width, nothing), positions, cache=view)
         for i, span in enumerate(spans):
-            n = span.stop - span.start
-            self.hidden[i].append(hidden[i, :n])
-            if len(self.model.mtp):
-                self.mtp_hidden[i].append(further[i, :n])
+            self.hidden[i].append(hidden[i, : span.stop - span.start])
             self.done[i] = span.stop
+        for depth in range(len(self.model.mtp)):
+            after = padded([row.roll(-1 - depth)[span] for row, span in zip(self.rows, spans)], width, nothing)
+            hidden, _ = self.model.mtp_hidden(hidden, after, positions, cache=view, depth=depth)
+            for i, span in enumerate(spans):
+                self.mtp_hidden[i][depth].append(hidden[i, : span.stop - span.start])
 
     def run(self, chunks: list[list[int]]) -> None:
         for counts in chunks:
@@ -81,13 +80,13 @@ class Decoding:
 
 @torch.no_grad()
 def check(model: Transformer, decoding: Decoding) -> None:
-    """Every row equals the expanded pass over that row alone, main model and MTP module."""
+    """Every row equals the expanded pass over that row alone, main model and MTP modules."""
     for i, row in enumerate(decoding.rows):
         hidden, _ = model.hidden(row.unsqueeze(0))
         torch.testing.assert_close(torch.cat(decoding.hidden[i]), hidden[0], **TOLERANCE)
-        if len(model.mtp):
-            further, _ = model.mtp_hidden(hidden, row.roll(-1).unsqueeze(0))
-            torch.testing.assert_close(torch.cat(decoding.mtp_hidden[i]), further[0], **TOLERANCE)
+        for depth, chunks in enumerate(decoding.mtp_hidden[i]):
+            hidden, _ = model.mtp_hidden(hidden, row.roll(-1 - depth).unsqueeze(0), depth=depth)
+            torch.testing.assert_close(torch.cat(chunks), hidden[0], **TOLERANCE)
 
 
 @torch.no_grad()
