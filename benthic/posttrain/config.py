@@ -26,6 +26,9 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
+        for name in ("prompts_per_generation", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} -> use 1 or more")
         if self.num_generations < 2:
             raise InputError(f"num_generations={self.num_generations} -> a group needs 2 or more answers")
         if self.steps_per_generation < 1 or self.prompts_per_generation % self.steps_per_generation:

@@ -70,6 +70,11 @@ def grpo(
             f"max_steps={settings.max_steps} and save_steps={settings.save_steps} must divide by "
             f"steps_per_generation={updates}, so that a checkpoint falls between explorations"
         )
+    if settings.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"gradient_accumulation_steps={settings.gradient_accumulation_steps} with GRPO, whose batches vary in rows "
+            "-> use 1, and a greater steps_per_generation for smaller batches"
+        )
     sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=config.temperature)
     share = config.prompts_per_generation // updates
     with trainer.run.progress(trainer.stage, settings.max_steps) as progress:
@@ -90,9 +95,8 @@ def grpo(
                 old, ref = score(policy, batch), score(reference, batch)
                 batch.extra |= {"old_logprobs": old, "ref_logprobs": ref}
                 gap = max(gap, largest_gap(batch, old))
-            for batch in batches:
-                metrics = trainer.step(batch)
-            values = trainer.read(metrics) | summary(rollouts) | {"sampler_gap": gap}
+            metrics = [trainer.step(batch) for batch in batches]
+            values = trainer.read(metrics[-1]) | summary(rollouts) | {"sampler_gap": gap}
             trainer.run.log(trainer.stage, trainer.steps, values)
             progress.update(
                 trainer.steps, reward=values["reward"], accuracy=values["accuracy"], length=values["length"]

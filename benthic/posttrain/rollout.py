@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +33,8 @@ def ask(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], samples: int, params: SamplingParams, key: str
 ) -> list[list[Output]]:
     """`samples` answers to each prompt. Prompt number i draws from a stream of its own, named by (key, i)."""
-    seeded = [
-        SamplingParams(
-            max_tokens=params.max_tokens, temperature=params.temperature, top_p=params.top_p, n=samples,
-            seed=int.from_bytes(hashlib.sha256(f"{key}/{i}".encode()).digest()[:7], "big"),
-        )
-        for i in range(len(prompts))
-    ]  # fmt: skip
+    seeds = [int.from_bytes(hashlib.sha256(f"{key}/{i}".encode()).digest()[:7], "big") for i in range(len(prompts))]
+    seeded = [replace(params, n=samples, seed=seed) for seed in seeds]
     flat = engine.generate([prompt_ids(prompt, tokenizer) for prompt in prompts], seeded)
     return [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from benthic.base.batch import Batch
+from benthic.base.errors import InputError
 from benthic.data.packing import Sample, pack
 from benthic.tasks.task import Problem, Task
 from benthic.tokenizer.chat import render
@@ -46,7 +47,13 @@ class Demonstrations:
     def _from(self, start: int) -> Iterator[Sample]:
         while True:
             problem, direct = self.problem(start), self.fraction(start) < self.direct_share
-            yield demonstration(self.task, problem, self.tokenizer, direct)
+            sample = demonstration(self.task, problem, self.tokenizer, direct)
+            if len(sample.ids) > self.length:
+                raise InputError(
+                    f"the demonstration of {problem.id} has {len(sample.ids)} tokens, more than "
+                    f"max_length={self.length} -> use a greater max_length"
+                )
+            yield sample
             start += 1
 
     def problem(self, i: int) -> Problem:
