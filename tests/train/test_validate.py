@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_example import fresh_model
 
+from benthic.base.errors import InputError
 from benthic.train.validate import bits_per_byte, held_out_loss
 
 
@@ -44,11 +45,18 @@ def test_the_mean_is_that_of_every_token_of_every_whole_window(count, rows):
     assert model.training
 
 
-def test_max_windows_reads_only_the_first():
-    shards = Tokens(100)
+def test_max_windows_reads_only_so_many_evenly_spread(monkeypatch):
+    shards, read = Tokens(100), []
+    monkeypatch.setattr(shards, "read", lambda a, b: read.append((a, b)) or shards.ids[a:b])
     few = held_out_loss(fresh_model(), shards, 8, 2, max_windows=3)  # type: ignore[arg-type]
-    shards.num_tokens = 25
-    assert few == held_out_loss(fresh_model(), shards, 8, 2)  # type: ignore[arg-type]
+    assert read == [(0, 9), (32, 41), (64, 73)]  # windows 0, 4 and 8 of 12
+    assert few["heldout_tokens"] == 24
+    assert held_out_loss(fresh_model(), shards, 8, 2, max_windows=99)["heldout_tokens"] == 96  # type: ignore[arg-type]
+
+
+def test_text_of_less_than_one_window_is_refused():
+    with pytest.raises(InputError, match="8 held-out tokens are less than one window of 8"):
+        held_out_loss(fresh_model(), Tokens(8), 8, 2)  # type: ignore[arg-type]
 
 
 def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
