@@ -6,6 +6,7 @@ the data stands, and `forward_backward` hides how the work is spread.
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from benthic.base import dist
 from benthic.base.batch import Batch
 from benthic.base.config import to_dict
-from benthic.base.errors import CheckpointError, Diverged
+from benthic.base.errors import CheckpointError, Diverged, Interrupted
 from benthic.base.log import Run
 from benthic.base.signals import Stop
 from benthic.model import hf
@@ -136,9 +137,20 @@ class Trainer:
 
     def save_if_due(self) -> None:
         """Checkpoint when it is time, or when a signal asked to stop; then leave."""
-        if self.due(self.config.save_steps) or self.stop.requested is not None:
+        signum = self.requested()
+        if self.due(self.config.save_steps) or signum is not None:
             self.save()
-            self.stop.raise_if_requested(f"{self.stage} saved at step {self.steps} of {self.config.max_steps}")
+        if signum is not None:
+            raise Interrupted(signum, f"{self.stage} saved at step {self.steps} of {self.config.max_steps}")
+
+    def requested(self) -> int | None:
+        """The signal that asked this process or any other to stop: all of them leave after the same step."""
+        mine = self.stop.requested
+        if dist.world_size() == 1:
+            return mine
+        asked = torch.tensor(int(mine is not None), device=self.device)
+        dist.sum_([asked])
+        return (mine or signal.SIGTERM) if asked else None
 
     def save(self) -> None:
         """Write everything that the next step depends on."""
