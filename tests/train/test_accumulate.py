@@ -125,6 +125,19 @@ def test_an_infinite_loss_on_one_of_two_processes_is_skipped_on_both(two):
         assert not same(before, load_file(two / f"after-5-{rank}.safetensors"))
 
 
+def test_a_signal_that_reaches_one_of_two_processes_ends_both_after_the_same_step(two):
+    assert [_facts(two, rank)["interrupted"] for rank in (0, 1)] == [
+        {"step": 8, "code": 143},  # asked by the other
+        {"step": 8, "code": 130},
+    ]
+    assert [path.name for path in (two / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_both_processes_resume_from_the_one_checkpoint(two):
+    assert [_facts(two, rank)["resumed"] for rank in (0, 1)] == [True, True]
+    assert same(*(load_file(two / f"interrupted-{rank}.safetensors") for rank in (0, 1)))
+
+
 def test_a_step_on_one_process_needs_no_group():
     model = fresh_model()
     before = copy(dict(model.named_parameters()))

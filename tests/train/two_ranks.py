@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from training_example import Stream, copy, settings, tensors, trainer
+from training_example import Stream, copy, same, settings, tensors, trainer
+
+from benthic.base.errors import Interrupted
+from benthic.train.trainer import Trainer
 
 
 def main(rank: int, folder: Path) -> None:
@@ -35,8 +39,29 @@ def main(rank: int, folder: Path) -> None:
     subject.step(next(stream))
     keep("after-5")
     facts |= {"skipped": subject.skipped, "steps": subject.steps, "taken": stream.taken}
+    facts["interrupted"] = interrupted(subject, rank)
+    keep("interrupted")
+    again = trainer(folder / "checkpoints", subject.config, cursor=Stream(rank=rank, ranks=2))
+    facts["resumed"] = again.resume() and same(tensors(subject), tensors(again))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     dist.destroy_process_group()
+
+
+def interrupted(subject: Trainer, rank: int) -> dict:
+    """Go on with `fit`; a signal reaches rank 1 only, in step 8."""
+    take = subject.cursor.batch  # type: ignore[attr-defined]
+
+    def signalled(i: int):
+        if rank == 1 and i == 7:
+            subject.stop.requested = signal.SIGINT
+        return take(i)
+
+    subject.cursor.batch = signalled  # type: ignore[attr-defined]
+    try:
+        subject.fit(subject.cursor)  # type: ignore[arg-type]
+    except Interrupted as error:
+        return {"step": subject.steps, "code": error.exit_code}
+    return {}
 
 
 if __name__ == "__main__":
