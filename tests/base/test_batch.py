@@ -21,6 +21,35 @@ def test_chunks_put_together_are_the_batch():
     assert sum(c.targets() for c in chunks) == batch.targets() == 16
 
 
+def test_cat_undoes_chunks():
+    batch = _batch()
+    again = Batch.cat(batch.chunks(4))
+    for name in ("ids", "labels", "positions", "segments"):
+        assert torch.equal(getattr(again, name), getattr(batch, name))
+    assert torch.equal(again.extra["advantages"], batch.extra["advantages"])
+
+
+def test_cat_of_bare_batches_stays_bare():
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    again = Batch.cat([Batch(ids, ids), Batch(ids + 1, ids)])
+    assert again.ids.tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert again.positions is None
+    assert again.extra == {}
+
+
+def test_to_moves_every_tensor():
+    moved = _batch().to("meta")
+    tensors = [moved.ids, moved.labels, moved.positions, moved.segments, moved.extra["advantages"]]
+    assert {t.device.type for t in tensors if t is not None} == {"meta"}
+
+
+def test_targets_count_the_positions_with_loss():
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    labels = torch.tensor([[5, IGNORE, 0], [IGNORE, IGNORE, 7]])
+    assert Batch(ids, labels).targets().item() == 3
+    assert Batch(ids, torch.full_like(ids, IGNORE)).targets().item() == 0
+
+
 def test_optional_tensors_stay_absent():
     ids = torch.zeros(2, 3, dtype=torch.int64)
     for chunk in Batch(ids, ids).chunks(2):
