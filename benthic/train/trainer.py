@@ -154,7 +154,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that the next step depends on."""
-        names = {p: n for n, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: n for n, p in self.model.named_parameters()}
         tensors = {f"optimizer.{names[p]}.{k}": v for p, s in self.optimizer.state.items() for k, v in s.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
