@@ -137,7 +137,7 @@ VERBS = {
     "demo": Verb(summary="From raw text to a small reasoning model, in one run.", config=Demo, run=_demo),
     "generate": Verb(summary="Continue prompts and print what the model writes.", config=GenerateConfig, run=_generate),
     "chat": Verb(summary="Talk to a model in the terminal.", config=ChatConfig, run=_chat),
-    "serve": Verb(summary="Serve a model over the OpenAI API, with a chat page.", config=ServeConfig, run=_serve),
+    "serve": Verb(summary="Serve a model over the OpenAI chat API.", config=ServeConfig, run=_serve),
     "doctor": Verb(summary="Check this machine: what is broken, and the fix.", config=DoctorConfig, run=_doctor),
     "env": Verb(summary="List the environment variables that are read.", config=EnvConfig, run=_env),
     "completion": Verb(summary="Print a completion script for a shell.", config=CompletionConfig, run=_completion),

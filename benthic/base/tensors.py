@@ -29,6 +29,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     end = 0
     for name in sorted(tensors):
         tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype} -> not written to {path}; convert it first")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"tensor {name} is not finite -> not written to {path}")
         start, end = end, end + tensor.numel() * tensor.element_size()

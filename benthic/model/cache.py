@@ -25,7 +25,8 @@ class CacheView:
     """What one forward pass writes and reads.
 
     write [B, Q] slots that receive the latents of the new tokens (padding: 0)
-    table [B, S] slot of context position 0..S-1 of each row (padding: 0)
+    table [B, S] slot of context position 0..S-1 of each row; past its context, a slot of its own, not another row's:
+                 masked weights are 0, but 0 times a NaN would still spread
     """
 
     cache: LatentCache

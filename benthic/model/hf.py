@@ -3,7 +3,9 @@
 Inside, experts are stacked and the decoder has no prefix; outside, the names are those of the released checkpoints.
 """
 
+import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from benthic.model.config import ModelConfig, from_hf, to_hf
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 
+log = logging.getLogger("benthic")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -140,10 +143,25 @@ def load(
         dtype = data.get("torch_dtype") or data.get("dtype") or "float32"
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} -> use one of {', '.join(DTYPES)}")
-    model = empty(config, device, DTYPES[dtype])
+    model = empty(_without_absent_mtp(config, folder), device, DTYPES[dtype])
     read_weights(folder, model)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size} "
+            "-> use the tokenizer that belongs to the model"
+        )
     return model.eval(), tokenizer
+
+
+def _without_absent_mtp(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Folders that transformers saved promise MTP modules in `config.json` and hold none: load the rest, and say so."""
+    modules = config.num_nextn_predict_layers
+    first = f"model.layers.{config.num_hidden_layers}."
+    if not modules or any(name.startswith(first) for name in TensorFile(folder / WEIGHTS).names):
+        return config
+    log.warning("%s has no weights for its %d MTP modules: loaded without them", folder, modules)
+    return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def empty(config: ModelConfig, device: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> Transformer:

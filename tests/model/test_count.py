@@ -39,7 +39,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     width = st.integers(1, 9)
     return ModelConfig(
         vocab_size=draw(width),
-        hidden_size=draw(width),
+        hidden_size=8 * draw(width),
         num_hidden_layers=layers,
         num_nextn_predict_layers=draw(st.integers(0, 2)),
         num_attention_heads=draw(width),
@@ -49,7 +49,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         qk_rope_head_dim=2 * draw(width),
         v_head_dim=draw(width),
         intermediate_size=draw(width),
-        moe_intermediate_size=draw(width),
+        moe_intermediate_size=8 * draw(width),
         first_k_dense_replace=draw(st.integers(0, layers)),
         n_shared_experts=draw(st.integers(0, 2)),
         n_routed_experts=group * size,

@@ -322,3 +322,23 @@ def test_other_shapes_survive_the_round_trip(
     model = build(dataclasses.replace(tiny, **change))
     hf.write_model(tmp_path / "m", model, None)
     assert_equal(hf.load(tmp_path / "m", device="cpu")[0], model)
+
+
+def test_promised_mtp_modules_that_the_file_lacks_are_left_out_with_a_warning(
+    folder: Path, model: Transformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = f"model.layers.{model.config.num_hidden_layers}."
+    edit(folder, lambda t: [t.pop(name) for name in list(t) if name.startswith(layer)] and None)
+    loaded, _ = hf.load(folder, device="cpu")
+    assert len(loaded.mtp) == 0
+    assert "no weights for its 1 MTP modules" in caplog.text
+    ids = torch.arange(6).view(1, 6)
+    assert torch.equal(loaded(ids), model(ids))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder: Path) -> None:
+    tokenizer = bpe.train(["to be or not to be, that is the question"] * 3, vocab_size=280)
+    (folder / MANIFEST).unlink()
+    tokenizer.save(folder)
+    with pytest.raises(InputError, match=r"the tokenizer has 280 ids, the model vocab_size=61"):
+        hf.load(folder, device="cpu")

@@ -31,6 +31,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "at least one group": ({"n_group": 0}, "n_routed_experts=16 must divide by n_group=0"),
     "a group may be reached": ({"topk_group": 0}, "topk_group=0 -> use 1 to n_group=4"),
     "no more groups than there are": ({"topk_group": 5}, "topk_group=5 -> use 1 to n_group=4"),
+    "aligned rows": ({"hidden_size": 36}, "hidden_size=36 -> use a multiple of 8"),
+    "aligned experts": ({"moe_intermediate_size": 20}, "moe_intermediate_size=20 -> use a multiple of 8"),
     "some experts per token": ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 -> use 1 to 8"),
     "no more experts than reachable": ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 -> use 1 to 8"),
     "groups of two": (
