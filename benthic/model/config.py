@@ -94,11 +94,9 @@ class ModelConfig:
             raise InputError(f"num_experts_per_tok={self.num_experts_per_tok} -> use 1 to {reachable}")
         if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise InputError(f"n_group={self.n_group} leaves groups of one expert -> use at least two per group")
-        for name in ("hidden_size", "moe_intermediate_size"):
+        for name in ("hidden_size", "moe_intermediate_size"):  # grouped products need rows aligned to 16 bytes
             if getattr(self, name) % 8:
-                raise InputError(
-                    f"{name}={getattr(self, name)} -> use a multiple of 8; grouped products need aligned rows"
-                )
+                raise InputError(f"{name}={getattr(self, name)} -> use a multiple of 8")
         if self.qk_rope_head_dim % 2:
             raise InputError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd -> rotary pairs need an even width")
         if self.num_nextn_predict_layers and self.first_k_dense_replace > self.num_hidden_layers:
