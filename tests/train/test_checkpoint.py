@@ -135,6 +135,24 @@ def test_a_save_after_a_failed_one_of_the_same_step_works(tmp_path, monkeypatch)
     assert content(_newest(tmp_path)) == {1.0}
 
 
+def test_a_disk_that_stores_other_bytes_is_found_before_older_checkpoints_are_removed(tmp_path, monkeypatch):
+    model = small_model()
+    for step in (1, 2):
+        save(tmp_path, step, model)
+    lying = Os()
+
+    def write(fd: int, data) -> int:
+        return os.write(fd, bytes(data)[:-1] + b"?")
+
+    lying.write = write  # type: ignore[attr-defined]
+    monkeypatch.setattr(files, "os", lying)
+    with pytest.raises(CheckpointError, match="step-00000003"):
+        save(tmp_path, 3, model)
+    monkeypatch.setattr(files, "os", os)
+    assert content(_newest(tmp_path)) == {2.0}
+    assert _steps(tmp_path) == [1, 2, 3]
+
+
 # ---- damage -----------------------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,26 @@ def test_the_first_norm_of_a_run_is_never_a_spike(tmp_path):
     assert subject.skipped == 0
 
 
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_bad_first_step_is_skipped_although_no_norm_is_known_yet(tmp_path, factor):
+    subject = trainer(tmp_path, cursor=Stream(factors={0: factor}))
+    before = copy(tensors(subject))
+    _fit_until(subject, 1)
+    assert same(before, tensors(subject))
+    assert (subject.skipped, subject.norm_mean) == (1, 0.0)
+    _fit_until(subject, 2)
+    assert subject.skipped == 1
+
+
+def test_a_norm_that_overflows_while_every_gradient_is_finite_is_skipped(tmp_path):
+    subject = trainer(tmp_path)
+    before = copy(tensors(subject))
+    weights = dict(subject.model.named_parameters())["layers.1.mlp.routed_experts.down_proj"]
+    weights.register_hook(lambda grad: torch.full_like(grad, 1e38))
+    subject.step(next(subject.cursor))  # type: ignore[call-overload]
+    assert same(before, tensors(subject))
+
+
 def test_the_ceiling_is_spike_factor_times_the_running_mean(tmp_path):
     subject = trainer(tmp_path, settings(spike_factor=2.0))
     assert subject.sane(1.0)
