@@ -92,7 +92,8 @@ def _demo_defaults(words: list[str]) -> Demo:
         from benthic.recipes import small as recipe
     config = recipe.demo(smoke=True) if choice.smoke else recipe.demo()
     named: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return Demo(**named | {"recipe": choice.recipe})
+    named["recipe"] = choice.recipe
+    return Demo(**named)
 
 
 def _generate(config: GenerateConfig) -> None:

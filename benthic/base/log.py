@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from benthic.base.files import write_atomic, write_json
 
 log = logging.getLogger("benthic")
 
-Values = dict[str, float | list[float]]
+Values = Mapping[str, float | list[float] | list[list[float]]]
 PERIOD = 10.0  # seconds between progress lines where standard error is not a terminal
 VERSIONS = ("benthic", "torch", "numpy", "safetensors", "tokenizers", "tiktoken", "pyarrow")
 
@@ -207,7 +207,7 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def _finite(value: float | list[float]) -> Any:
+def _finite(value: float | list[float] | list[list[float]]) -> Any:
     """JSON has no NaN or infinity: they are written as the strings that `float` reads back."""
     if isinstance(value, list):
         return [_finite(v) for v in value]

@@ -10,6 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from benthic.base.signals import Stop
 from benthic.data.loader import Loader
 from benthic.data.shards import Shards
 from benthic.eval import report
-from benthic.eval.run import Evaluation, evaluate
+from benthic.eval.run import evaluate
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
+from benthic.inference.request import Output
 from benthic.jobs import corpus, measure
 from benthic.model import hf
 from benthic.model.init import initialise
@@ -89,8 +91,8 @@ class Demo:
         }
         results = self.results(done)
         write_json(self.folder / "results.json", results)
-        page = report.write(self.folder)
-        log.info("report: %s", page)
+        report.write(self.folder)
+        print(summary(results, self.folder))
         return results
 
     def once(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -222,12 +224,13 @@ class Demo:
         settings, tokenizer, engine = self.config.evaluation, self.tokenizer(), self.engine(self.trained(stage))
         params = SamplingParams(max_tokens=self.config.grpo.max_completion_length, temperature=settings.temperature)
         problems = self.task.problems("eval")[: settings.problems]
-        with self.run.progress(f"examine {stage}", 1) as progress:
-            found: Evaluation = evaluate(
-                lambda prompts, samples: ask(engine, tokenizer, prompts, samples, params, f"eval/{self.config.seed}"),
-                self.task, problems, samples=settings.samples, seed=self.config.seed,
-            )  # fmt: skip
-            progress.update(1, pass_at_1=found.pass_at[1].value)
+        with self.run.progress(f"examine {stage}", len(problems) * settings.samples) as progress:
+
+            def generate(prompts: list[str], samples: int) -> list[list[Output]]:
+                key = f"eval/{self.config.seed}"
+                return ask(engine, tokenizer, prompts, samples, params, key, lambda done, _: progress.update(done))
+
+            found = evaluate(generate, self.task, problems, samples=settings.samples, seed=self.config.seed)
         return found.to_dict()
 
     def measure(self) -> dict[str, Any]:
@@ -312,6 +315,22 @@ class Demo:
                     f"{self.folder} was begun with {key}={old!r}, now it is {new!r} -> restore it, or choose another "
                     "--output-dir"
                 )
+
+
+def summary(results: dict[str, Any], folder: Path) -> str:
+    """What to tell a person when the run is over: the figures, and what to do with the model."""
+    bits, balance, rl, drafts = (results[name] for name in ("bits_per_byte", "balance", "rl", "speculative"))
+    before, after = rl["before"], rl["after"]
+    return f"""
+held-out text   {bits["model"]:.3f} bits per byte (gzip -9: {bits["gzip"]:.3f}, untrained: {bits["untrained"]:.2f})
+expert load     MaxVio {balance["with_bias"]:.2f} (limit {balance["limit"]:g})
+reasoning       pass@1 {before["pass@1"][0]:.3f} -> {after["pass@1"][0]:.3f} by GRPO, \
+pass@8 {before["pass@8"][0]:.3f} -> {after["pass@8"][0]:.3f}, on {rl["problems"]} held-out problems
+MTP drafts      {drafts["acceptance"]:.0%} accepted, {drafts["tokens_per_step"]:.2f} tokens per step
+
+report          {folder / "report.html"}
+talk to it      benthic chat {folder / "model"}
+serve it        benthic serve {folder / "model"}"""
 
 
 def _differences(then: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -30,12 +30,18 @@ class Rollouts:
 
 
 def ask(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], samples: int, params: SamplingParams, key: str
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    samples: int,
+    params: SamplingParams,
+    key: str,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Output]]:
     """`samples` answers to each prompt. Prompt number i draws from a stream of its own, named by (key, i)."""
     seeds = [int.from_bytes(hashlib.sha256(f"{key}/{i}".encode()).digest()[:7], "big") for i in range(len(prompts))]
     seeded = [replace(params, n=samples, seed=seed) for seed in seeds]
-    flat = engine.generate([prompt_ids(prompt, tokenizer) for prompt in prompts], seeded)
+    flat = engine.generate([prompt_ids(prompt, tokenizer) for prompt in prompts], seeded, on_progress)
     return [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
 
 

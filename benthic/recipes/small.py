@@ -21,7 +21,6 @@ def model() -> ModelConfig:
 
 def demo(smoke: bool = False) -> DemoConfig:
     """`benthic demo --recipe small --device cuda`."""
-    rows = {"per_device_train_batch_size": 32, "max_length": 1024}
     config = DemoConfig(
         recipe="small",
         device="cuda",
@@ -30,21 +29,25 @@ def demo(smoke: bool = False) -> DemoConfig:
         corpus=CorpusConfig(max_bytes=200_000_000),
         initializer_range=0.02,
         pretrain=TrainConfig(
-            **rows, max_steps=500, learning_rate=1.5e-3, warmup_steps=50, bias_update_speed=0.01,
+            per_device_train_batch_size=32, max_length=1024,
+            max_steps=500, learning_rate=1.5e-3, warmup_steps=50, bias_update_speed=0.01,
             logging_steps=5, eval_steps=100, save_steps=200,
         ),
         balance_off_steps=100,
         sft=TrainConfig(
-            **rows, max_steps=150, learning_rate=5e-4, lr_scheduler_type="cosine", warmup_steps=10,
+            per_device_train_batch_size=32, max_length=1024,
+            max_steps=150, learning_rate=5e-4, lr_scheduler_type="cosine", warmup_steps=10,
             mtp_loss_weight=0.1, bias_update_speed=0.001, logging_steps=5, save_steps=100,
         ),
         shortcut=TrainConfig(
-            **rows, max_steps=10, learning_rate=1e-4, lr_scheduler_type="constant",
+            per_device_train_batch_size=32, max_length=1024,
+            max_steps=10, learning_rate=1e-4, lr_scheduler_type="constant",
             mtp_loss_weight=0.1, bias_update_speed=0.0, logging_steps=1, save_steps=10,
         ),
         direct_share=0.6,
         rl=TrainConfig(
-            **rows, max_steps=60, learning_rate=3e-5, lr_scheduler_type="constant", weight_decay=0.0,
+            per_device_train_batch_size=32, max_length=1024,
+            max_steps=60, learning_rate=3e-5, lr_scheduler_type="constant", weight_decay=0.0,
             bias_update_speed=0.0, logging_steps=1, save_steps=20,
         ),
         grpo=GRPOConfig(

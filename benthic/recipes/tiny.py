@@ -23,7 +23,6 @@ def model() -> ModelConfig:
 
 def demo(smoke: bool = False) -> DemoConfig:
     """`benthic demo`: about seven minutes on two cores; with `smoke` a few steps of every stage."""
-    rows = {"per_device_train_batch_size": 8, "max_length": 256}
     config = DemoConfig(
         recipe="tiny",
         device="cpu",
@@ -31,21 +30,25 @@ def demo(smoke: bool = False) -> DemoConfig:
         corpus=CorpusConfig(max_bytes=12_000_000),
         initializer_range=0.02,
         pretrain=TrainConfig(
-            **rows, max_steps=550, learning_rate=3e-3, warmup_steps=30, bias_update_speed=0.01,
+            per_device_train_batch_size=8, max_length=256,
+            max_steps=550, learning_rate=3e-3, warmup_steps=30, bias_update_speed=0.01,
             logging_steps=1, eval_steps=50, save_steps=50,
         ),
         balance_off_steps=100,
         sft=TrainConfig(
-            **rows, max_steps=300, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=10,
+            per_device_train_batch_size=8, max_length=256,
+            max_steps=300, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=10,
             mtp_loss_weight=0.1, bias_update_speed=0.001, logging_steps=5, save_steps=50,
         ),
         shortcut=TrainConfig(
-            **rows, max_steps=20, learning_rate=3e-4, lr_scheduler_type="constant",
+            per_device_train_batch_size=8, max_length=256,
+            max_steps=20, learning_rate=3e-4, lr_scheduler_type="constant",
             mtp_loss_weight=0.1, bias_update_speed=0.0, logging_steps=1, save_steps=20,
         ),
         direct_share=0.6,
         rl=TrainConfig(
-            **rows, max_steps=40, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0,
+            per_device_train_batch_size=8, max_length=256,
+            max_steps=40, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0,
             bias_update_speed=0.0, logging_steps=1, save_steps=4,
         ),
         grpo=GRPOConfig(
