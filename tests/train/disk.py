@@ -16,8 +16,8 @@ from benthic.tokenizer.tokenizer import Tokenizer
 from benthic.train import checkpoint
 
 SMALL = ModelConfig(
-    vocab_size=266, hidden_size=8, num_hidden_layers=1, num_nextn_predict_layers=0, num_attention_heads=1, q_lora_rank=2,
-    kv_lora_rank=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2, moe_intermediate_size=8,
+    vocab_size=266, hidden_size=8, num_hidden_layers=1, num_nextn_predict_layers=0, num_attention_heads=1,
+    q_lora_rank=2, kv_lora_rank=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2, moe_intermediate_size=8,
     first_k_dense_replace=0, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1,
 )  # fmt: skip
 
