@@ -37,18 +37,18 @@ def demo(smoke: bool = False) -> DemoConfig:
         balance_off_steps=100,
         sft=TrainConfig(
             per_device_train_batch_size=8, max_length=256,
-            max_steps=300, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=10,
+            max_steps=600, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=10,
             mtp_loss_weight=0.1, bias_update_speed=0.001, logging_steps=5, save_steps=50,
         ),
         shortcut=TrainConfig(
             per_device_train_batch_size=8, max_length=256,
-            max_steps=20, learning_rate=3e-4, lr_scheduler_type="constant",
-            mtp_loss_weight=0.1, bias_update_speed=0.0, logging_steps=1, save_steps=20,
+            max_steps=16, learning_rate=3e-4, lr_scheduler_type="constant",
+            mtp_loss_weight=0.1, bias_update_speed=0.0, logging_steps=1, save_steps=16,
         ),
         direct_share=0.6,
         rl=TrainConfig(
             per_device_train_batch_size=8, max_length=256,
-            max_steps=40, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0,
+            max_steps=48, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0,
             bias_update_speed=0.0, logging_steps=1, save_steps=4,
         ),
         grpo=GRPOConfig(
