@@ -67,6 +67,8 @@ class Verb:
 
 
 def _demo(options: Demo) -> None:
+    # Waiting CPU threads sleep soon: long spinning halves the speed as soon as another program wants a core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from benthic.base.signals import Stop
     from benthic.jobs import demo
 

@@ -12,6 +12,7 @@ VARIABLES = {
     "MASTER_PORT": "port of process 0, set by torchrun",
     "CUDA_VISIBLE_DEVICES": "GPUs that may be used",
     "OMP_NUM_THREADS": "CPU threads of one process",
+    "GOMP_SPINCOUNT": "how long a waiting CPU thread spins before it sleeps; `benthic demo` sets 1000 if it is not set",
     "NO_COLOR": "any value: no colours",
     "FORCE_COLOR": "any value: colours also where output is not a terminal",
     "COLUMNS": "width of the terminal",
