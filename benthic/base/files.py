@@ -55,6 +55,14 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents; one that exists is fine."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise BenthicError(f"cannot create {folder}: {error.strerror} -> choose another output folder") from error
+
+
 def commit_folder(partial: Path, final: Path, digests: dict[str, str]) -> None:
     """Seal a folder written file by file: manifest with checksums, sync, then one rename makes it visible."""
     sizes = {name: (partial / name).stat().st_size for name in digests}
@@ -93,15 +101,18 @@ def sha256_file(path: Path) -> str:
 
 def remove_folder(folder: Path) -> None:
     """Delete a sealed folder, manifest first, so that a crash in between leaves something that cannot be mistaken."""
-    if (folder / MANIFEST).exists():
-        os.unlink(folder / MANIFEST)
-        _sync_folder(folder)
-    for root, folders, names in os.walk(folder, topdown=False):
-        for name in names:
-            os.unlink(Path(root, name))
-        for name in folders:
-            os.rmdir(Path(root, name))
-    os.rmdir(folder)
+    try:
+        if (folder / MANIFEST).exists():
+            os.unlink(folder / MANIFEST)
+            _sync_folder(folder)
+        for root, folders, names in os.walk(folder, topdown=False):
+            for name in names:
+                os.unlink(Path(root, name))
+            for name in folders:
+                os.rmdir(Path(root, name))
+        os.rmdir(folder)
+    except OSError as error:
+        raise BenthicError(f"cannot remove {folder}: {error.strerror} -> check its permissions") from error
 
 
 def remove_partial(parent: Path) -> None:

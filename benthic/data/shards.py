@@ -33,7 +33,7 @@ def write(
     partial = folder.with_name(files.PARTIAL + folder.name)
     if partial.exists():
         files.remove_folder(partial)
-    partial.mkdir(parents=True)
+    files.make_folder(partial)
     writer = _Writer(iter(token_arrays), vocab_size)
     digests, tokens = {}, []
     while not writer.finished:

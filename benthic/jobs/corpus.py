@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benthic.base.errors import InputError
+from benthic.base.files import remove_folder
 from benthic.base.log import Run
 from benthic.data import dedup, quality, shards, sources, split
 from benthic.data.documents import Document, Skips
@@ -18,10 +19,14 @@ from benthic.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("benthic")
 PHASES = 6
+SHARDS = ("train", "heldout")
 
 
 def build(folder: Path, config: CorpusConfig, vocab_size: int, seed: int, run: Run) -> dict[str, Any]:
     """Write `folder`/tokenizer, /train and /heldout; returns the funnel in numbers."""
+    for name in SHARDS:  # sealed by a process that was stopped before it could say that the stage is done
+        if (folder / name).exists():
+            remove_folder(folder / name)
     with run.progress("corpus", PHASES) as progress:
         skips = Skips()
         found = sources.read(config.paths, skips) if config.paths else sources.standard_library(skips)

@@ -17,7 +17,7 @@ import torch
 
 from benthic.base.config import to_dict
 from benthic.base.errors import InputError
-from benthic.base.files import remove_folder, write_json
+from benthic.base.files import make_folder, remove_folder, write_json
 from benthic.base.log import Run
 from benthic.base.signals import Stop
 from benthic.data.loader import Loader
@@ -67,7 +67,7 @@ class Demo:
 
     def __init__(self, config: DemoConfig, stop: Stop):
         self.config, self.stop, self.folder = config, stop, config.output_dir
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._same_config()
         self.run = Run(self.folder)
         self.run.header(config, config.device)
@@ -101,7 +101,7 @@ class Demo:
         if path.is_file():
             return json.loads(path.read_bytes())
         self.stop.raise_if_requested(f"stopped before stage {name}")
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         started = time.perf_counter()
         result = stage() | {"wall_seconds": round(time.perf_counter() - started, 2)}
         write_json(path, result)

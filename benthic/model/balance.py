@@ -29,7 +29,7 @@ def max_violation(load: Tensor) -> Tensor:
 
 
 def sequence_balance_loss(choice: Choice, shape: tuple[int, int], valid: Tensor | None) -> Tensor:
-    """Sum over experts of f_i P_i, averaged over sequences (V3 Eq 17-20, without alpha).
+    """Sum over experts of f_i P_i for each sequence [B] (V3 Eq 17-20, without alpha).
 
     f counts the top-K of the unbiased scores, as printed (V3 Eq 18). shape = (B, T); valid [B*T] leaves padding out.
     """
@@ -42,4 +42,4 @@ def sequence_balance_loss(choice: Choice, shape: tuple[int, int], valid: Tensor 
         f = e / (k * tokens) * (hits * keep).sum(1)  # [B, E], V3 Eq 18
     share = scores / scores.sum(-1, keepdim=True)  # s', V3 Eq 19
     p = (share * keep).sum(1) / tokens  # [B, E], V3 Eq 20
-    return (f * p).sum(-1).mean()
+    return (f * p).sum(-1)

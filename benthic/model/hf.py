@@ -20,6 +20,7 @@ from benthic.base.files import (
     PARTIAL,
     commit_folder,
     json_bytes,
+    make_folder,
     remove_folder,
     sha256_file,
     verify_folder,
@@ -72,7 +73,7 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -
     partial = folder.with_name(PARTIAL + folder.name)
     if partial.exists():  # left by a process that was stopped while writing
         remove_folder(partial)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     tensors = dict(checkpoint_views(model)) | dict(shared_copies(model))
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     digests = {

@@ -54,7 +54,7 @@ class PolicyGradient:
             batch.extra[name].reshape(-1)[at] for name in ("old_logprobs", "ref_logprobs", "advantages", "weights")
         )
         loss, metrics = losses.grpo(logprobs, old, ref, advantages, weights, self.config.epsilon, self.config.beta)
-        balance = balance_loss(choices, batch) * batch.targets() / targets
+        balance = balance_loss(choices, batch, targets)
         metrics |= {"loss": loss.detach(), "balance_loss": balance.detach()}
         return Outcome(loss + self.balance_loss_weight * balance, metrics, loads(model, choices, batch))
 

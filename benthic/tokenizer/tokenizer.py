@@ -56,7 +56,7 @@ class Tokenizer:
         """Write the files that `load`, the tokenizers library and transformers read; each is whole or absent."""
         folder = Path(folder)
         data = {VOCABULARY: files.json_bytes(self._spec), CONFIG: files.json_bytes(self._config)}
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         for name, content in data.items():
             files.write_atomic(folder / name, content)
         files.write_json(folder / CHECKSUMS, {name: sha256(content).hexdigest() for name, content in data.items()})

@@ -21,6 +21,7 @@ from benthic.base.files import (
     PARTIAL,
     commit_folder,
     json_bytes,
+    make_folder,
     remove_folder,
     remove_partial,
     verify_folder,
@@ -63,7 +64,7 @@ def save(
     for useless in (final, partial):
         if useless.exists():
             remove_folder(useless)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     digests = {f"model/{n}": d for n, d in hf.write_model(partial / "model", model, tokenizer).items()}
     digests["trainer.safetensors"] = write_tensors(partial / "trainer.safetensors", tensors)
     digests["trainer.json"] = write_file(partial / "trainer.json", [json_bytes(state)])

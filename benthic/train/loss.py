@@ -112,17 +112,23 @@ class LanguageModelling:
             mtp_loss = mtp_loss - label_logprobs(hidden, head, labels)[0].sum() / (targets * depths)  # V3 Eq 24
             if choice is not None:
                 choices.append(choice)
-        balance = balance_loss(choices, batch) * batch.targets() / targets
+        balance = balance_loss(choices, batch, targets)
         total = loss + self.config.mtp_loss_weight * mtp_loss + self.config.balance_loss_weight * balance  # V3 Eq 25
         metrics = {"loss": loss.detach(), "mtp_loss": mtp_loss.detach(), "balance_loss": balance.detach()}
         return Outcome(total, metrics, loads(model, choices, batch))
 
 
-def balance_loss(choices: list[Choice], batch: Batch) -> Tensor:
-    """Sequence-wise balance loss summed over layers; 0-d."""
+def balance_loss(choices: list[Choice], batch: Batch, targets: Tensor) -> Tensor:
+    """Sequence-wise balance loss, summed over layers and averaged over sequences by their labels; 0-d.
+
+    Weighting each row by its labels out of `targets` makes micro-batches add up, as they do for the main loss.
+    """
     valid = None if batch.segments is None else batch.segments.reshape(-1) > 0
-    losses = [sequence_balance_loss(c, (batch.ids.shape[0], batch.ids.shape[1]), valid) for c in choices]
-    return torch.stack(losses).sum() if losses else torch.zeros((), device=batch.ids.device)
+    shape = (batch.ids.shape[0], batch.ids.shape[1])
+    rows = sum(
+        (sequence_balance_loss(c, shape, valid) for c in choices), torch.zeros(1, device=batch.ids.device)
+    )  # [B]
+    return (rows * (batch.labels != IGNORE).sum(1)).sum() / targets
 
 
 def loads(model: Transformer, choices: list[Choice], batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from benthic.base.errors import BenthicError, InputError, Interrupted
 from benthic.base.files import sha256_file, verify_folder
 from benthic.base.log import Run
 from benthic.base.signals import Stop
+from benthic.data import shards
 from benthic.inference.config import SamplingParams
 from benthic.inference.llm import LLM
 from benthic.jobs import demo
@@ -147,6 +148,26 @@ def test_a_run_that_crashed_in_a_stage_equals_an_uninterrupted_one(
         demo.run(config, Stop())
     demo.run(config, Stop())
     assert fingerprint(tmp_path / "run") == fingerprint(finished)
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_run_that_crashed_between_shards_and_result_starts_the_corpus_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    config, write, done = micro(corpus, tmp_path / "run"), shards.write, []
+
+    def crash(*arguments: Any) -> shards.Shards:
+        done.append(write(*arguments))
+        if len(done) == written:
+            raise RuntimeError("the machine went away")
+        return done[-1]
+
+    monkeypatch.setattr(shards, "write", crash)
+    with pytest.raises(RuntimeError, match="the machine went away"):
+        demo.run(config, Stop())
+    with pytest.raises(Interrupted, match="before stage pretrain"):
+        demo.run(config, Impatient(looks=1))
+    shards.Shards.open(tmp_path / "run" / "corpus" / "heldout")
 
 
 def test_another_seed_leaves_another_fingerprint(corpus: Path, tmp_path: Path, finished: Path) -> None:

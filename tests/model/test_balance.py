@@ -40,35 +40,37 @@ def loop(scores: Tensor, lengths: list[int]) -> float:
 
 
 def test_the_loss_equals_the_printed_equations(scores: Tensor) -> None:
-    loss = sequence_balance_loss(choice_of(scores), (B, T), None)
+    loss = sequence_balance_loss(choice_of(scores), (B, T), None).mean()
     assert loss.item() == pytest.approx(loop(scores, [T] * B), rel=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [[6, 4, 1], [1, 1, 6], [6, 6, 6]])
 def test_padding_is_left_out(scores: Tensor, lengths: list[int]) -> None:
     valid = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)  # [B, T]
-    loss = sequence_balance_loss(choice_of(scores), (B, T), valid.reshape(-1))
+    loss = sequence_balance_loss(choice_of(scores), (B, T), valid.reshape(-1)).mean()
     assert loss.item() == pytest.approx(loop(scores, lengths), rel=1e-12)
     other = scores.clone()
     other[~valid] = other[~valid].flip(-1) * 0.1
-    assert sequence_balance_loss(choice_of(other), (B, T), valid.reshape(-1)).item() == pytest.approx(loss.item())
+    assert sequence_balance_loss(choice_of(other), (B, T), valid.reshape(-1)).mean().item() == pytest.approx(
+        loss.item()
+    )
 
 
 def test_without_a_mask_padding_would_change_the_loss(scores: Tensor) -> None:
-    loss = sequence_balance_loss(choice_of(scores), (B, T), None).item()
+    loss = sequence_balance_loss(choice_of(scores), (B, T), None).mean().item()
     assert loss != pytest.approx(loop(scores, [6, 4, 1]), rel=1e-3)
 
 
 def test_the_loss_is_taken_per_sequence_not_over_the_batch(scores: Tensor) -> None:
-    per_sequence = sequence_balance_loss(choice_of(scores), (B, T), None).item()
-    as_one = sequence_balance_loss(choice_of(scores), (1, B * T), None).item()
+    per_sequence = sequence_balance_loss(choice_of(scores), (B, T), None).mean().item()
+    as_one = sequence_balance_loss(choice_of(scores), (1, B * T), None).mean().item()
     assert per_sequence > as_one  # one long sequence is better balanced
 
 
 def test_a_row_of_padding_only_is_finite_and_adds_nothing(scores: Tensor) -> None:
     valid = torch.ones(B, T, dtype=torch.bool)
     valid[2] = False
-    loss = sequence_balance_loss(choice_of(scores), (B, T), valid.reshape(-1))
+    loss = sequence_balance_loss(choice_of(scores), (B, T), valid.reshape(-1)).mean()
     two = loop(scores[:2], [T, T]) * 2 / 3
     assert loss.item() == pytest.approx(two, rel=1e-12)
 
@@ -77,15 +79,15 @@ def test_perfect_balance_is_one_and_collapse_is_far_above() -> None:
     even = torch.full((1, E, E), 0.1)
     for t in range(E):
         even[0, t, [t, (t + 1) % E]] = 0.9  # every expert is among the best two equally often
-    assert sequence_balance_loss(choice_of(even), (1, E), None).item() == pytest.approx(1.0)
+    assert sequence_balance_loss(choice_of(even), (1, E), None).mean().item() == pytest.approx(1.0)
     collapsed = torch.full((1, E, E), 0.01)
     collapsed[0, :, :K] = 0.99
-    assert sequence_balance_loss(choice_of(collapsed), (1, E), None).item() > 3.5
+    assert sequence_balance_loss(choice_of(collapsed), (1, E), None).mean().item() > 3.5
 
 
 def test_its_gradient_flows_through_the_shares_only(scores: Tensor) -> None:
     leaf = scores.clone().requires_grad_()
-    sequence_balance_loss(choice_of(leaf), (B, T), None).backward()
+    sequence_balance_loss(choice_of(leaf), (B, T), None).mean().backward()
     with torch.no_grad():
         hits = torch.zeros_like(scores).scatter_(-1, scores.topk(K, -1).indices, 1.0)
         f = E / (K * T) * hits.sum(1, keepdim=True)  # constants
@@ -100,7 +102,7 @@ def test_minimising_the_loss_balances_the_scores() -> None:
     optimiser = torch.optim.Adam([raw], lr=0.05)
     losses = []
     for _ in range(60):
-        loss = sequence_balance_loss(choice_of(raw.sigmoid()), (1, 32), None)
+        loss = sequence_balance_loss(choice_of(raw.sigmoid()), (1, 32), None).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
