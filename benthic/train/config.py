@@ -41,7 +41,7 @@ class TrainConfig:
     bias_update_speed: float = 1e-3
     """Step of the gate bias, gamma; 0 switches the auxiliary-loss-free balancing off."""
     spike_factor: float = 20.0
-    """Skip an update whose gradient norm exceeds this many times its running mean."""
+    """Skip an update whose gradient norm exceeds this many times its running mean (and the clip)."""
     max_skipped_steps: int = 10
     """Stop after this many skipped updates in a row."""
     logging_steps: int = 10

@@ -73,18 +73,19 @@ class Trainer:
         """Train until `max_steps`, from wherever `resume` put us; ends with a checkpoint of the last step."""
         self.model.train()
         with self.run.progress(self.stage, self.config.max_steps) as progress:
-            clock, tokens = time.perf_counter(), self.tokens
+            seconds, tokens = 0.0, self.tokens  # spent in steps since the last row, tokens at that row
             while self.steps < self.config.max_steps:
+                start = time.perf_counter()
                 metrics = self.step(next(batches))
+                seconds += time.perf_counter() - start
                 if self.due(self.config.logging_steps):
                     values = self.read(metrics)
-                    rate = (self.tokens - tokens) / (time.perf_counter() - clock)
-                    clock, tokens = time.perf_counter(), self.tokens
+                    rate = (self.tokens - tokens) / seconds
+                    seconds, tokens = 0.0, self.tokens
                     self.run.log(self.stage, self.steps, values | {"tokens_per_s": rate})
                     progress.update(self.steps, loss=values["loss"], tok_per_s=rate)
                 if self.validate is not None and self.config.eval_steps and self.due(self.config.eval_steps):
                     self.run.log(self.stage, self.steps, self.validate(self.model))
-                    clock, tokens = time.perf_counter(), self.tokens
                 self.save_if_due()
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -104,8 +105,12 @@ class Trainer:
         return metrics | {"grad_norm": norm, "expert_load": load, "lr": torch.tensor(rate)}
 
     def sane(self, norm: float) -> bool:
-        """Whether to apply an update with this gradient norm. All processes see the same norm, so all agree."""
-        ceiling = self.config.spike_factor * self.norm_mean if self.norm_mean else math.inf
+        """Whether to apply an update with this gradient norm. All processes see the same norm, so all agree.
+
+        A spike is measured against the running mean, but never against less than the clip: smaller norms do no harm.
+        """
+        usual = max(self.norm_mean, self.config.max_grad_norm)
+        ceiling = self.config.spike_factor * usual if self.norm_mean else math.inf
         if math.isfinite(norm) and norm <= ceiling:
             self.norm_mean = 0.95 * self.norm_mean + 0.05 * norm if self.norm_mean else norm
             self.skipped_in_a_row = 0

@@ -154,6 +154,13 @@ def test_the_ceiling_is_spike_factor_times_the_running_mean(tmp_path):
     assert subject.sane(2.1 - 1e-9)
 
 
+def test_a_norm_within_the_clip_is_no_spike_however_small_the_others_were(tmp_path):
+    subject = trainer(tmp_path, settings(spike_factor=2.0, max_grad_norm=1.0))
+    assert all(subject.sane(1e-6) for _ in range(3))
+    assert subject.sane(2.0)
+    assert not subject.sane(2.0 + 1e-6)
+
+
 @pytest.mark.parametrize("where", ["parameter", "moment", "bias"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_tensor_that_is_not_finite_is_never_written_and_the_older_checkpoint_stays(tmp_path, where, value):
