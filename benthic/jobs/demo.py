@@ -240,13 +240,21 @@ class Demo:
         held_out, length = self.shards("heldout"), 32
         text = [held_out.read(i * length, (i + 1) * length).tolist() for i in range(count)]
         sums = [prompt_ids(p.prompt, tokenizer) for p in self.task.problems("eval")[:count]]
-        return {
-            "speculative": measure.speculation(base, tokenizer, text, 64),
-            "speculative_sums": measure.speculation(final, tokenizer, sums, self.config.grpo.max_completion_length),
-            "absorbed_error": measure.absorbed_error(self.trained("grpo", torch.float32), held_out, 128, 4),
-            "cache": measure.cache_bytes(final),
-            "model": measure.facts(final),
+        parts: dict[str, Callable[[], Any]] = {
+            "speculative": lambda: measure.speculation(base, tokenizer, text, 64),
+            "speculative_sums": lambda: measure.speculation(
+                final, tokenizer, sums, self.config.grpo.max_completion_length
+            ),
+            "absorbed_error": lambda: measure.absorbed_error(self.trained("grpo", torch.float32), held_out, 128, 4),
+            "cache": lambda: measure.cache_bytes(final),
+            "model": lambda: measure.facts(final),
         }
+        found = {}
+        with self.run.progress("measure", len(parts)) as progress:
+            for name, part in parts.items():
+                found[name] = part()
+                progress.update(len(found))
+        return found
 
     def results(self, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Everything the report shows, in one table."""

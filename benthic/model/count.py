@@ -62,12 +62,14 @@ def training_flops_per_token(c: ModelConfig, sequence_length: int) -> int:
 
 
 def cache_bytes_per_token(c: ModelConfig, bytes_per_element: int) -> dict[str, int]:
-    """Cache of one token over all main layers: MLA beside MHA, GQA (4 heads per group) and MQA of the same shape.
+    """Cache of one token over all main layers: MLA beside MHA, GQA and MQA of the same shape.
+
+    GQA with eight heads per group as in V1 67B, but at least two groups.
 
     MLA keeps (d_c + d_h^R) elements per layer, the others 2 n d_h (V2 Table 1).
     """
     head = c.v_head_dim + c.qk_head_dim  # one key and one value vector
-    groups = max(1, c.num_attention_heads // 4)
+    groups = max(2, c.num_attention_heads // 8)
     elements = {
         "mla": c.kv_lora_rank + c.qk_rope_head_dim,
         "mha": c.num_attention_heads * head,
