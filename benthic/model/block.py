@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benthic.model import rope
+from benthic.model.attention import GQA
 from benthic.model.cache import CacheView
 from benthic.model.config import ModelConfig
 from benthic.model.ffn import FFN
@@ -39,7 +40,7 @@ class Context:
         """Build it once per pass. ids [B, T]; positions default to 0..T-1; segments keep documents apart."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)  # [1, T]
-        cos, sin = rope.angles(positions, config.qk_rope_head_dim, config.rope_theta)
+        cos, sin = rope.angles(positions, config)
         mask = None
         if segments is not None:
             same = segments.unsqueeze(2) == segments.unsqueeze(1)  # [B, T, T]; padding sees padding, so no row is empty
@@ -54,7 +55,7 @@ class Block(nn.Module):
         super().__init__()
         dense = layer < config.first_k_dense_replace
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLA(config, layer)
+        self.self_attn = GQA(config, layer) if config.kv_lora_rank is None else MLA(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FFN(config.hidden_size, config.intermediate_size) if dense else MoE(config, dispatcher)
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
         normed = self.input_layernorm(x)
         if context.view is None:
             return x + self.self_attn.expanded(normed, context.cos, context.sin, context.mask)
-        return x + self.self_attn.absorbed(normed, context.cos, context.sin, context.positions, context.view)
+        return x + self.self_attn.cached(normed, context.cos, context.sin, context.positions, context.view)
 
     def dispatch(self, x: Tensor) -> Tensor | Sent:
         """Send the normed tokens to their experts."""

@@ -12,12 +12,14 @@ from benthic.model.config import ModelConfig
 
 
 class LatentCache:
-    """latents [layers, slots, R + P]: layer L + k belongs to multi-token prediction module k. Slot 0 takes padding."""
+    """latents [layers, slots, cache_width]: R + P elements for MLA, keys and values for plain attention.
+
+    Layer L + k belongs to multi-token prediction module k. Slot 0 takes padding.
+    """
 
     def __init__(self, config: ModelConfig, num_slots: int, device: torch.device | str, dtype: torch.dtype):
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.latents = torch.zeros(layers, num_slots, width, device=device, dtype=dtype)
+        self.latents = torch.zeros(layers, num_slots, config.cache_width, device=device, dtype=dtype)
 
 
 @dataclass

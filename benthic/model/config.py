@@ -1,25 +1,49 @@
-"""Model configuration with exactly the names of the Hugging Face `config.json` of DeepSeek-V3. Imports no torch."""
+"""Model configuration with exactly the names of the released `config.json` files. Imports no torch."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from benthic.base.config import from_dict, to_dict
 from benthic.base.errors import InputError
 
-# Keys of released config files that say nothing about the computation, or that Benthic derives itself.
-IGNORED = frozenset(
-    "architectures auto_map attention_bias attention_dropout aux_loss_alpha dtype ep_size head_dim hidden_act "
-    "initializer_range model_type moe_layer_freq num_key_value_heads output_router_logits pad_token_id pretraining_tp "
-    "qk_head_dim quantization_config rope_interleave rope_parameters seq_aux torch_dtype transformers_version "
-    "use_cache".split()
-)
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Stretching of the rotary positions beyond the length of pretraining."""
+
+    type: Literal["yarn", "llama3"]
+    """yarn: as in V2 and V3; llama3: as in Llama 3.1 and the students distilled from it."""
+    factor: float
+    """Target length over original length, s."""
+    original_max_position_embeddings: int
+    """Length of pretraining, L."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this within L stay as they are."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are stretched by the whole factor."""
+    mscale: float = 1.0
+    """yarn: attention factor, numerator."""
+    mscale_all_dim: float = 0.0
+    """yarn: attention factor, denominator; squared, it also scales the logits."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above L over this are stretched by the whole factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below L over this stay as they are."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no formula takes."""
+        if self.factor < 1:
+            raise InputError(f"rope_scaling.factor={self.factor} -> use 1 or more")
+        if (length := self.original_max_position_embeddings) < 1:
+            raise InputError(f"rope_scaling.original_max_position_embeddings={length} -> use 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A DeepSeek-V3 model. Symbols of the V3 paper in the comments."""
+    """A model of the DeepSeek family. Symbols of the V3 paper in the comments."""
 
+    model_type: Literal["deepseek_v3", "deepseek_v2", "deepseek", "llama", "qwen2"] = "deepseek_v3"
+    """Layout of the checkpoint: V3 and R1; V2; DeepSeekMoE-16B; V1 and Llama students; Qwen2 students."""
     vocab_size: int = 4096
     """Rows of the embedding and of the output head."""
     hidden_size: int = 192
@@ -30,10 +54,14 @@ class ModelConfig:
     """Multi-token prediction modules, D."""
     num_attention_heads: int = 4
     """Attention heads, n_h."""
-    q_lora_rank: int = 96
-    """Width of the compressed query, d_c'."""
-    kv_lora_rank: int = 64
-    """Width of the cached key-value latent, d_c."""
+    num_key_value_heads: int = 4
+    """Key-value heads of plain attention, n_g: equal to the heads for MHA, 1 for MQA. MLA does not read it."""
+    head_dim: int = 64
+    """Per-head width of plain attention, d_h. MLA does not read it."""
+    q_lora_rank: int | None = 96
+    """Width of the compressed query, d_c'; null for a plain query projection."""
+    kv_lora_rank: int | None = 64
+    """Width of the cached key-value latent, d_c; null for plain attention instead of MLA."""
     qk_nope_head_dim: int = 32
     """Per-head query/key width without position, d_h."""
     qk_rope_head_dim: int = 16
@@ -49,7 +77,7 @@ class ModelConfig:
     n_shared_experts: int = 1
     """Experts that see every token, N_s."""
     n_routed_experts: int = 16
-    """Experts that the gate chooses from, N_r."""
+    """Experts that the gate chooses from, N_r; 0 for a dense model."""
     num_experts_per_tok: int = 4
     """Routed experts per token, K_r."""
     n_group: int = 4
@@ -60,19 +88,19 @@ class ModelConfig:
     """Multiplies the normalised gate weights."""
     norm_topk_prob: bool = True
     """Normalise the chosen gate scores to sum to one."""
-    scoring_func: Literal["sigmoid"] = "sigmoid"
-    """Gate affinity."""
-    topk_method: Literal["noaux_tc"] = "noaux_tc"
-    """Expert choice: biased scores, balanced without an auxiliary loss."""
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Gate affinity: sigmoid in V3, softmax over the routed experts before."""
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    """Expert choice: by biased scores (V3), by the best groups (V2), or simply the best (DeepSeekMoE, V2-Lite)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: None = None
-    """Context extension; not part of this version."""
+    rope_scaling: RopeScaling | None = None
+    """Context extension; null for none."""
     max_position_embeddings: int = 4096
     """Longest context."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square in every RMSNorm."""
-    tie_word_embeddings: Literal[False] = False
+    tie_word_embeddings: bool = False
     """Whether head and embedding share weights."""
     bos_token_id: int = 0
     """Begin-of-sentence id."""
@@ -85,6 +113,29 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int and value < 0:
                 raise InputError(f"{field.name}={value} is negative -> use 0 or more")
+        if self.n_routed_experts:
+            self._check_experts()
+        elif self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers:
+            raise InputError(
+                f"n_routed_experts=0 with first_k_dense_replace={self.first_k_dense_replace} -> a dense model needs "
+                f"first_k_dense_replace={self.num_hidden_layers} and num_nextn_predict_layers=0"
+            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.kv_lora_rank is None and (not groups or heads % groups):
+            raise InputError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
+        for name in ("hidden_size", "moe_intermediate_size"):  # grouped products need rows aligned to 16 bytes
+            if getattr(self, name) % 8:
+                raise InputError(f"{name}={getattr(self, name)} -> use a multiple of 8")
+        if self.rope_dim % 2:
+            name = "head_dim" if self.kv_lora_rank is None else "qk_rope_head_dim"
+            raise InputError(f"{name}={self.rope_dim} is odd -> rotary pairs need an even width")
+        if self.num_nextn_predict_layers and self.first_k_dense_replace > self.num_hidden_layers:
+            raise InputError(
+                f"first_k_dense_replace={self.first_k_dense_replace} makes prediction modules dense"
+                f" -> use 0 to num_hidden_layers={self.num_hidden_layers}"
+            )
+
+    def _check_experts(self) -> None:
         if self.n_group == 0 or self.n_routed_experts % self.n_group:
             raise InputError(f"n_routed_experts={self.n_routed_experts} must divide by n_group={self.n_group}")
         if not 0 < self.topk_group <= self.n_group:
@@ -92,18 +143,8 @@ class ModelConfig:
         reachable = self.topk_group * (self.n_routed_experts // self.n_group)
         if not 0 < self.num_experts_per_tok <= reachable:
             raise InputError(f"num_experts_per_tok={self.num_experts_per_tok} -> use 1 to {reachable}")
-        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+        if self.topk_method == "noaux_tc" and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise InputError(f"n_group={self.n_group} leaves groups of one expert -> use at least two per group")
-        for name in ("hidden_size", "moe_intermediate_size"):  # grouped products need rows aligned to 16 bytes
-            if getattr(self, name) % 8:
-                raise InputError(f"{name}={getattr(self, name)} -> use a multiple of 8")
-        if self.qk_rope_head_dim % 2:
-            raise InputError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd -> rotary pairs need an even width")
-        if self.num_nextn_predict_layers and self.first_k_dense_replace > self.num_hidden_layers:
-            raise InputError(
-                f"first_k_dense_replace={self.first_k_dense_replace} makes prediction modules dense"
-                f" -> use 0 to num_hidden_layers={self.num_hidden_layers}"
-            )
 
     @property
     def qk_head_dim(self) -> int:
@@ -111,37 +152,18 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def rope_dim(self) -> int:
+        """Width that rotates: d_h^R in MLA, the whole head otherwise."""
+        return self.head_dim if self.kv_lora_rank is None else self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Elements that one token keeps in one layer's cache (V2 Table 1)."""
+        if self.kv_lora_rank is None:
+            return 2 * self.num_key_value_heads * self.head_dim
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
     def moe_layers(self) -> int:
         """Mixture-of-experts layers of the main model."""
         return max(0, self.num_hidden_layers - self.first_k_dense_replace)
-
-
-def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` that transformers and vLLM read."""
-    return to_dict(config) | {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "moe_layer_freq": 1,
-        "num_key_value_heads": config.num_attention_heads,
-        "torch_dtype": dtype,
-    }
-
-
-def from_hf(data: dict[str, Any], where: str) -> ModelConfig:
-    """Read a `config.json`. Unknown keys and unsupported choices are refused by name."""
-    if data.get("model_type") != "deepseek_v3":
-        raise InputError(f"model_type={data.get('model_type')!r} in {where} -> this version loads 'deepseek_v3'")
-    for key, plain in {"attention_bias": False, "hidden_act": "silu", "moe_layer_freq": 1}.items():
-        if data.get(key, plain) != plain:
-            raise InputError(f"{key}={data[key]!r} in {where} -> only {plain!r} is supported")
-    if data.get("quantization_config"):
-        raise InputError(f"quantization_config in {where} -> this version loads unquantised weights")
-    rope = data.get("rope_parameters") or {}  # how transformers 5 writes rope_theta and rope_scaling
-    if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", "rope_type"}:
-        raise InputError(f"rope_parameters={rope!r} in {where} -> only rope_theta is supported")
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"rope_parameters={rope!r} in {where} -> only rope_type 'default' is supported")
-    data = data | {key: rope[key] for key in rope if key == "rope_theta"}
-    return from_dict(ModelConfig, {k: v for k, v in data.items() if k not in IGNORED}, where)

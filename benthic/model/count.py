@@ -15,11 +15,18 @@ class Parameters:
 
 
 def attention_parameters(c: ModelConfig) -> int:
-    """One MLA layer with its two norms."""
-    query = c.hidden_size * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * c.num_attention_heads * c.qk_head_dim
-    latent = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    values = c.kv_lora_rank * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return query + latent + values + c.num_attention_heads * c.v_head_dim * c.hidden_size
+    """One attention layer with its own norms and biases."""
+    d, n = c.hidden_size, c.num_attention_heads
+    if c.kv_lora_rank is None:
+        projections = (n + 2 * c.num_key_value_heads) * c.head_dim
+        return d * (projections + n * c.head_dim) + (projections if c.model_type == "qwen2" else 0)
+    if c.q_lora_rank is None:
+        query = d * n * c.qk_head_dim
+    else:
+        query = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * n * c.qk_head_dim
+    latent = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    values = c.kv_lora_rank * n * (c.qk_nope_head_dim + c.v_head_dim)
+    return query + latent + values + n * c.v_head_dim * d
 
 
 def moe_parameters(c: ModelConfig, experts: int) -> int:
@@ -27,7 +34,7 @@ def moe_parameters(c: ModelConfig, experts: int) -> int:
     return (
         3 * c.hidden_size * c.moe_intermediate_size * (experts + c.n_shared_experts)
         + c.n_routed_experts * c.hidden_size
-        + c.n_routed_experts
+        + (c.n_routed_experts if c.topk_method == "noaux_tc" else 0)
     )
 
 
@@ -36,7 +43,7 @@ def parameters(c: ModelConfig) -> Parameters:
     layer = attention_parameters(c) + 2 * c.hidden_size
     dense_layers = min(c.first_k_dense_replace, c.num_hidden_layers)
     fixed = (
-        2 * c.vocab_size * c.hidden_size
+        (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
         + c.hidden_size
         + c.num_hidden_layers * layer
         + dense_layers * 3 * c.hidden_size * c.intermediate_size
@@ -55,8 +62,10 @@ def training_flops_per_token(c: ModelConfig, sequence_length: int) -> int:
     p = parameters(c)
     layer_active = attention_parameters(c) + moe_parameters(c, c.num_experts_per_tok) + 2 * c.hidden_size**2
     head = c.vocab_size * c.hidden_size
-    weights = p.active - head + c.num_nextn_predict_layers * (layer_active + head)
-    widths = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+    embedding = 0 if c.tie_word_embeddings else head  # looked up, not multiplied
+    weights = p.active - embedding + c.num_nextn_predict_layers * (layer_active + head)
+    per_head = 2 * c.head_dim if c.kv_lora_rank is None else c.qk_head_dim + c.v_head_dim
+    widths = c.num_attention_heads * per_head
     attention = (c.num_hidden_layers + c.num_nextn_predict_layers) * sequence_length * widths // 2
     return 6 * (weights + attention)
 
@@ -68,12 +77,12 @@ def cache_bytes_per_token(c: ModelConfig, bytes_per_element: int) -> dict[str, i
 
     MLA keeps (d_c + d_h^R) elements per layer, the others 2 n d_h (V2 Table 1).
     """
-    head = c.v_head_dim + c.qk_head_dim  # one key and one value vector
-    groups = max(2, c.num_attention_heads // 8)
+    head = 2 * c.head_dim if c.kv_lora_rank is None else c.v_head_dim + c.qk_head_dim  # one key and one value vector
     elements = {
-        "mla": c.kv_lora_rank + c.qk_rope_head_dim,
         "mha": c.num_attention_heads * head,
-        "gqa": groups * head,
+        "gqa": max(2, c.num_attention_heads // 8) * head,
         "mqa": head,
     }
+    if c.kv_lora_rank is not None:
+        elements["mla"] = c.cache_width
     return {kind: n * c.num_hidden_layers * bytes_per_element for kind, n in elements.items()}

@@ -1,4 +1,4 @@
-"""Weights in and out, in the Hugging Face layout of DeepSeek-V3: `config.json` + `model.safetensors` + tokenizer files.
+"""Weights in and out, in the Hugging Face layout of the family: `config.json` + `model.safetensors` + tokenizer files.
 
 Inside, experts are stacked and the decoder has no prefix; outside, the names are those of the released checkpoints.
 """
@@ -27,7 +27,8 @@ from benthic.base.files import (
     write_file,
 )
 from benthic.base.tensors import TensorFile, write_tensors
-from benthic.model.config import ModelConfig, from_hf, to_hf
+from benthic.model.config import ModelConfig
+from benthic.model.hf_config import from_hf, to_hf
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ def shared_copies(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     for k in range(model.config.num_nextn_predict_layers):
         layer = f"model.layers.{model.config.num_hidden_layers + k}"
         yield f"{layer}.embed_tokens.weight", model.embed_tokens.weight
-        yield f"{layer}.shared_head.head.weight", model.lm_head.weight
+        yield f"{layer}.shared_head.head.weight", model.head
 
 
 def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -75,7 +76,7 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -
         remove_folder(partial)
     make_folder(partial)
     tensors = dict(checkpoint_views(model)) | dict(shared_copies(model))
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(model.head.dtype).removeprefix("torch.")
     digests = {
         WEIGHTS: write_tensors(partial / WEIGHTS, tensors),
         CONFIG: write_file(partial / CONFIG, [json_bytes(to_hf(model.config, dtype))]),

@@ -1,5 +1,7 @@
-"""Initial weights: every matrix ~ N(0, std^2), every norm 1 (V3 Sec 4.2). Seeded per checkpoint tensor name, so that
-the numbers depend neither on the device nor on how tensors are stacked or split."""
+"""Initial weights: every matrix ~ N(0, std^2), every norm 1, every bias 0 (V3 Sec 4.2).
+
+Seeded per tensor name, so that the numbers depend neither on the device nor on how tensors are stacked or split.
+"""
 
 import hashlib
 
@@ -12,7 +14,9 @@ from benthic.model.transformer import Transformer
 def initialise(model: Transformer, std: float, seed: int) -> Transformer:
     """Fill all parameters in place and zero the gate biases; returns the model."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         elif parameter.dim() == 3:  # stacked experts: one stream each
             for expert, slice_ in enumerate(parameter):
@@ -20,7 +24,8 @@ def initialise(model: Transformer, std: float, seed: int) -> Transformer:
         else:
             _normal(parameter, std, f"{seed}/{name}")
     for gate in model.gates():
-        gate.e_score_correction_bias.zero_()
+        if gate.e_score_correction_bias is not None:
+            gate.e_score_correction_bias.zero_()
     return model
 
 

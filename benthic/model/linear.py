@@ -6,14 +6,15 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. weight [out, in]; x [..., in] -> [..., out] in x's dtype."""
+    """y = x W^T (+ b). weight [out, in]; x [..., in] -> [..., out] in x's dtype."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

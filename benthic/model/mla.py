@@ -1,7 +1,7 @@
 """Multi-head latent attention (V3 Eq 1-11), in two forms with equal results, side by side.
 
-`expanded` decompresses keys and values for every head: for training. `absorbed` folds the two decompressions into query
-and output, so that attention reads only the latent cache: for decoding.
+`expanded` decompresses keys and values for every head: for training. `cached`, the absorbed form, folds the two
+decompressions into query and output, so that attention reads only the latent cache: for decoding.
 
 Letters: B rows, T tokens (Q new, S in context), H heads, R kv_lora_rank, P rotary, D qk_nope, V value width.
 """
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benthic.base.errors import InputError
 from benthic.model.cache import CacheView
 from benthic.model.config import ModelConfig
 from benthic.model.linear import Linear, RMSNorm
-from benthic.model.rope import rotate
+from benthic.model.rope import logit_factor, rotate
 
 
 class MLA(nn.Module):
@@ -22,12 +23,18 @@ class MLA(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c, self.layer = config, layer
+        if c.kv_lora_rank is None:
+            raise InputError("kv_lora_rank=None -> MLA needs the width of its latent")
         self.heads, self.latent_sizes = c.num_attention_heads, [c.kv_lora_rank, c.qk_rope_head_dim]
         self.query_sizes, self.value_size = [c.qk_nope_head_dim, c.qk_rope_head_dim], c.v_head_dim
-        self.scale = c.qk_head_dim**-0.5
-        self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
-        self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
-        self.q_b_proj = Linear(c.q_lora_rank, self.heads * c.qk_head_dim)
+        self.scale = c.qk_head_dim**-0.5 * logit_factor(c)
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, self.heads * c.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_b_proj = Linear(c.q_lora_rank, self.heads * c.qk_head_dim)
+        self.compressed = c.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (c.qk_nope_head_dim + c.v_head_dim))
@@ -35,8 +42,11 @@ class MLA(nn.Module):
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """-> q^C [B, T, H, D], q^R [B, T, H, P], the latter already turned."""
-        c_q = self.q_a_layernorm(self.q_a_proj(x))  # c^Q, V3 Eq 6
-        q = self.q_b_proj(c_q).unflatten(-1, (self.heads, -1))  # [B, T, H, D + P]
+        if self.compressed:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # from c^Q, V3 Eq 6
+        else:
+            q = self.q_proj(x)
+        q = q.unflatten(-1, (self.heads, -1))  # [B, T, H, D + P]
         q_nope, q_rope = q.split(self.query_sizes, -1)  # q^C and q^R, V3 Eq 7-8
         return q_nope, rotate(q_rope, cos, sin)
 
@@ -57,8 +67,8 @@ class MLA(nn.Module):
         o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale)  # V3 Eq 10
         return self.o_proj(o.transpose(1, 2).flatten(-2))  # V3 Eq 11
 
-    def absorbed(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, view: CacheView) -> Tensor:
-        """Attention of Q new tokens at `positions` [B, Q] over the cached context, which gets them first."""
+    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, view: CacheView) -> Tensor:
+        """Absorbed attention of Q new tokens at `positions` [B, Q] over the cached context, which gets them first."""
         q_nope, q_rope = self.queries(x, cos, sin)
         context = view.exchange(self.layer, torch.cat(self.latents(x, cos, sin), -1)).to(x.dtype)  # [B, S, R + P]
         w_uk, w_uv = (

@@ -17,7 +17,8 @@ from benthic.parallel.dispatch import Dispatcher, LocalDispatcher
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3. Parameters may be float32 masters; arithmetic runs in `dtype`. Holds no counters and no cache."""
+    """A model of the DeepSeek family. Master weights may be float32 while arithmetic runs in `dtype`. Holds no counters
+    and no cache."""
 
     def __init__(
         self, config: ModelConfig, *, dispatcher: Dispatcher | None = None, dtype: torch.dtype = torch.float32
@@ -28,7 +29,8 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i, dispatcher) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTP(config, k, dispatcher) for k in range(config.num_nextn_predict_layers))
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -70,7 +72,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> float32 logits [..., V]."""
-        return self.lm_head(hidden).float()
+        return F.linear(hidden, self.head.to(hidden.dtype)).float()
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix [V, d]: its own, or the embedding."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> logits [B, T, V] in float32."""

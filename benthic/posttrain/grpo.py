@@ -49,7 +49,7 @@ class PolicyGradient:
 
     def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
         hidden, choices = model.hidden(batch.ids, batch.positions, batch.segments)
-        logprobs, at = label_logprobs(hidden, model.lm_head.weight, batch.labels)
+        logprobs, at = label_logprobs(hidden, model.head, batch.labels)
         old, ref, advantages, weights = (
             batch.extra[name].reshape(-1)[at] for name in ("old_logprobs", "ref_logprobs", "advantages", "weights")
         )

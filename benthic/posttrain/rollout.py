@@ -90,7 +90,7 @@ def to_batch(outputs: list[list[Output]], advantages: Tensor, length: int, pad_i
 def score(model: Transformer, batch: Batch) -> Tensor:
     """Log-probability of every label under `model` [B, T]; 0 where there is no label."""
     hidden, _ = model.hidden(batch.ids, batch.positions, batch.segments)
-    logprobs, at = label_logprobs(hidden, model.lm_head.weight, batch.labels)
+    logprobs, at = label_logprobs(hidden, model.head, batch.labels)
     return torch.zeros(batch.ids.numel(), device=logprobs.device).index_copy(0, at, logprobs).view_as(batch.ids)
 
 

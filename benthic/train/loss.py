@@ -100,7 +100,7 @@ class LanguageModelling:
     def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
         """`targets` is the number of labels in the whole step, over micro-batches and processes: the divisor T."""
         hidden, choices = model.hidden(batch.ids, batch.positions, batch.segments)
-        head = model.lm_head.weight
+        head = model.head
         loss = -label_logprobs(hidden, head, batch.labels)[0].sum() / targets
         mtp_loss = torch.zeros_like(loss)
         depths = len(model.mtp) if self.config.mtp_loss_weight else 0

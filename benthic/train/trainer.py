@@ -100,7 +100,8 @@ class Trainer:
         if self.sane(norm.item()):
             self.optimizer.step()
             for gate, counts in zip(self.model.gates(), load):
-                update_bias(gate.e_score_correction_bias, counts, self.config.bias_update_speed)
+                if gate.e_score_correction_bias is not None:
+                    update_bias(gate.e_score_correction_bias, counts, self.config.bias_update_speed)
         self.optimizer.zero_grad()
         return metrics | {"grad_norm": norm, "expert_load": load, "lr": torch.tensor(rate)}
 

@@ -33,10 +33,10 @@ def held_out_loss(model: Transformer, shards: Shards, length: int, rows: int, ma
         tokens = torch.from_numpy(np.stack([shards.read(s, s + length + 1) for s in starts]).astype("int64"))
         batch = Batch(ids=tokens[:, :-1], labels=tokens[:, 1:]).to(device)  # [rows, length]
         hidden, _ = model.hidden(batch.ids)
-        total -= label_logprobs(hidden, model.lm_head.weight, batch.labels)[0].double().sum().item()
+        total -= label_logprobs(hidden, model.head, batch.labels)[0].double().sum().item()
         if len(model.mtp):
             hidden, _ = model.mtp_hidden(hidden, next_ids(batch, 0))
-            logprobs, _ = label_logprobs(hidden, model.lm_head.weight, shifted_labels(batch, 1))
+            logprobs, _ = label_logprobs(hidden, model.head, shifted_labels(batch, 1))
             mtp_total -= logprobs.double().sum().item()
             mtp_count += len(logprobs)
     model.train(was_training)

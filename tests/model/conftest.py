@@ -91,5 +91,7 @@ def _build(config: ModelConfig, seed: int = 0, bias: float = 0.3, dtype: torch.d
             if parameter.dim() == 1:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
         for gate in model.gates():
+            if gate.e_score_correction_bias is None:
+                continue
             gate.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=generator) * bias)
     return model

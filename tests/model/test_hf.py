@@ -232,8 +232,10 @@ def test_an_unknown_config_key_names_the_file_and_its_neighbour(folder: Path) ->
 
 
 def test_another_model_type_is_told_what_is_supported(folder: Path) -> None:
-    edit_config(folder, model_type="llama")
-    with pytest.raises(InputError, match=r"model_type='llama' in .*config\.json -> this version loads 'deepseek_v3'"):
+    edit_config(folder, model_type="mamba")
+    with pytest.raises(
+        InputError, match=r"model_type='mamba' in .*config\.json -> supported: deepseek_v3, deepseek_v2"
+    ):
         hf.load(folder, device="cpu")
 
 

@@ -1,5 +1,6 @@
 """Latent attention against a script of the equations that shares no code with it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benthic.model import rope
+from benthic.model.config import ModelConfig
 from benthic.model.mla import MLA
 from benthic.model.transformer import Transformer
 
@@ -21,7 +23,7 @@ def inputs(model: Transformer, rows: int, tokens: int) -> Tensor:
 
 
 def angles(model: Transformer, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return rope.angles(positions, model.config.qk_rope_head_dim, model.config.rope_theta)
+    return rope.angles(positions, model.config)
 
 
 def rms_norm(vector: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -112,9 +114,9 @@ def test_the_cached_latent_is_the_normed_one_with_a_turned_rotary_key(model: Tra
         torch.testing.assert_close(k_rope[0, t].double(), key, atol=1e-5, rtol=1e-5)
 
 
-def test_rotation_turns_neighbouring_pairs_and_keeps_lengths() -> None:
+def test_rotation_turns_neighbouring_pairs_and_keeps_lengths(tiny: ModelConfig) -> None:
     x = torch.randn(1, 5, 3, 8, generator=torch.Generator().manual_seed(0))
-    out = rope.rotate(x, *rope.angles(torch.arange(5).unsqueeze(0), 8, 10000.0))
+    out = rope.rotate(x, *rope.angles(torch.arange(5).unsqueeze(0), dataclasses.replace(tiny, qk_rope_head_dim=8)))
     for t in range(5):
         for head in range(3):
             expected = turned(x[0, t, head].double(), t, 10000.0)
@@ -123,9 +125,9 @@ def test_rotation_turns_neighbouring_pairs_and_keeps_lengths() -> None:
     assert torch.equal(out[:, 0], x[:, 0])
 
 
-def test_rotation_of_bfloat16_is_computed_in_float32() -> None:
+def test_rotation_of_bfloat16_is_computed_in_float32(tiny: ModelConfig) -> None:
     x = torch.randn(1, 64, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    turn = rope.angles(torch.arange(4000, 4064).unsqueeze(0), 8, 10000.0)
+    turn = rope.angles(torch.arange(4000, 4064).unsqueeze(0), dataclasses.replace(tiny, qk_rope_head_dim=8))
     out = rope.rotate(x, *turn)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, rope.rotate(x.float(), *turn).bfloat16())

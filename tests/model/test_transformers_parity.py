@@ -129,9 +129,10 @@ def test_without_mtp_transformers_reads_everything(
 
 def saved_by_transformers(folder: Path, config: ModelConfig) -> DeepseekV3ForCausalLM:
     shape = dataclasses.asdict(config)
-    del shape["rope_scaling"], shape["scoring_func"], shape["topk_method"]
+    for name in ("rope_scaling", "scoring_func", "topk_method", "model_type", "head_dim"):
+        del shape[name]
     torch.manual_seed(0)
-    reference = DeepseekV3ForCausalLM(DeepseekV3Config(**shape, num_key_value_heads=config.num_attention_heads))
+    reference = DeepseekV3ForCausalLM(DeepseekV3Config(**shape | {"num_key_value_heads": config.num_attention_heads}))
     with torch.no_grad():
         for layer in reference.model.layers[config.first_k_dense_replace :]:
             layer.mlp.gate.weight.normal_()
