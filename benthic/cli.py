@@ -22,7 +22,14 @@ import tyro
 from tyro.conf import arg
 
 from benthic.base.errors import BenthicError, InputError, Interrupted, did_you_mean
-from benthic.jobs.config import ChatConfig, CompletionConfig, DoctorConfig, EnvConfig, GenerateConfig
+from benthic.jobs.config import (
+    ChatConfig,
+    CompletionConfig,
+    DoctorConfig,
+    EnvConfig,
+    GenerateConfig,
+    InspectConfig,
+)
 from benthic.recipes.demo import DemoConfig
 from benthic.server.config import ServeConfig
 
@@ -116,6 +123,12 @@ def _serve(config: ServeConfig) -> None:
     serve(config)
 
 
+def _inspect(config: InspectConfig) -> None:
+    from benthic.jobs import inspect
+
+    inspect.run(config)
+
+
 def _doctor(config: DoctorConfig) -> int:
     from benthic.jobs import doctor
 
@@ -141,6 +154,9 @@ VERBS = {
     "generate": Verb(summary="Continue prompts and print what the model writes.", config=GenerateConfig, run=_generate),
     "chat": Verb(summary="Talk to a model in the terminal.", config=ChatConfig, run=_chat),
     "serve": Verb(summary="Serve a model over the OpenAI chat API.", config=ServeConfig, run=_serve),
+    "inspect": Verb(
+        summary="What a model is made of: parameters, compute, cache, memory.", config=InspectConfig, run=_inspect
+    ),
     "doctor": Verb(summary="Check this machine: what is broken, and the fix.", config=DoctorConfig, run=_doctor),
     "env": Verb(summary="List the environment variables that are read.", config=EnvConfig, run=_env),
     "completion": Verb(summary="Print a completion script for a shell.", config=CompletionConfig, run=_completion),

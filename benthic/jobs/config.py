@@ -1,6 +1,7 @@
 """Options of the small jobs. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
@@ -43,6 +44,18 @@ class ChatConfig(AnswerConfig):
 
     system: str = ""
     """System message; empty for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Options of `benthic inspect`."""
+
+    model: Positional[str]
+    """A preset (v1-7b, moe-16b, v2-lite, v2, v3, r1-distill-qwen-7b, tiny, ...) or a folder with config.json."""
+    sequence_length: int = 4096
+    """Length at which compute per token is counted."""
+    plot: Path | None = None
+    """Also draw the tables into this .png, .svg or .pdf file."""
 
 
 @dataclass(frozen=True, kw_only=True)

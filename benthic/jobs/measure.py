@@ -10,7 +10,7 @@ from benthic.data.shards import Shards
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
 from benthic.model.cache import CacheView, LatentCache
-from benthic.model.count import cache_bytes_per_token, parameters
+from benthic.model.count import cache_elements_per_token, parameters
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 
@@ -61,7 +61,8 @@ def facts(model: Transformer) -> dict[str, Any]:
 
 def cache_bytes(model: Transformer) -> dict[str, int]:
     """Bytes of cache per token: ours and what other attentions of the same shape would need."""
-    return cache_bytes_per_token(model.config, 2 if model.dtype == torch.bfloat16 else 4)
+    size = 2 if model.dtype == torch.bfloat16 else 4
+    return {kind: size * elements for kind, elements in cache_elements_per_token(model.config).items()}
 
 
 def peak_memory_gb() -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from benthic.base.errors import InputError
 from benthic.model.config import ModelConfig
 
 
@@ -56,6 +57,30 @@ def parameters(c: ModelConfig) -> Parameters:
     )
 
 
+def parts(c: ModelConfig) -> dict[str, int]:
+    """The main model's parameters by part; they add up to the total."""
+    d, moe = c.hidden_size, c.moe_layers
+    expert = 3 * d * c.moe_intermediate_size
+    found = {
+        "embedding": c.vocab_size * d,
+        "head": 0 if c.tie_word_embeddings else c.vocab_size * d,
+        "attention": c.num_hidden_layers * attention_parameters(c),
+        "dense feed-forward": (c.num_hidden_layers - moe) * 3 * d * c.intermediate_size,
+        "shared experts": moe * c.n_shared_experts * expert,
+        "routed experts": moe * c.n_routed_experts * expert,
+        "gates": moe * (moe_parameters(c, 0) - c.n_shared_experts * expert),
+        "norms": (2 * c.num_hidden_layers + 1) * d,
+    }
+    return {name: n for name, n in found.items() if n}
+
+
+def model_scale(c: ModelConfig, sequence_length: int) -> int:
+    """The scaling-law papers' M: 72 n d^2 + 12 n d l FLOPs per token (V1 Eq 2). It assumes multi-head attention and a
+    feed-forward of 8/3 d; `training_flops_per_token` counts what is there."""
+    layers, d = c.num_hidden_layers, c.hidden_size
+    return 72 * layers * d * d + 12 * layers * d * sequence_length
+
+
 def training_flops_per_token(c: ModelConfig, sequence_length: int) -> int:
     """Forward and backward of the main model and its MTP modules: 6 per active parameter outside the embedding
     (head included, once per prediction depth), plus causal attention."""
@@ -70,12 +95,10 @@ def training_flops_per_token(c: ModelConfig, sequence_length: int) -> int:
     return 6 * (weights + attention)
 
 
-def cache_bytes_per_token(c: ModelConfig, bytes_per_element: int) -> dict[str, int]:
-    """Cache of one token over all main layers: MLA beside MHA, GQA and MQA of the same shape.
+def cache_elements_per_token(c: ModelConfig) -> dict[str, int]:
+    """Cached elements of one token over all main layers: MLA beside MHA, GQA and MQA of the same shape (V2 Table 1).
 
     GQA with eight heads per group as in V1 67B, but at least two groups.
-
-    MLA keeps (d_c + d_h^R) elements per layer, the others 2 n d_h (V2 Table 1).
     """
     head = 2 * c.head_dim if c.kv_lora_rank is None else c.v_head_dim + c.qk_head_dim  # one key and one value vector
     elements = {
@@ -85,4 +108,20 @@ def cache_bytes_per_token(c: ModelConfig, bytes_per_element: int) -> dict[str, i
     }
     if c.kv_lora_rank is not None:
         elements["mla"] = c.cache_width
-    return {kind: n * c.num_hidden_layers * bytes_per_element for kind, n in elements.items()}
+    return {kind: n * c.num_hidden_layers for kind, n in elements.items()}
+
+
+def latent_bytes_per_token(c: ModelConfig) -> dict[str, int]:
+    """Bytes of one token's latents over all main layers, by format of the latent; the rotary key stays BF16.
+
+    FP8 with a float32 scale per 128 elements, 6-bit with a float16 scale per 64.
+    """
+    if c.kv_lora_rank is None:
+        raise InputError("kv_lora_rank=None -> only MLA caches latents")
+    r, rope = c.kv_lora_rank, 2 * c.qk_rope_head_dim
+    per_layer = {
+        "BF16": 2 * r + rope,
+        "FP8": r + 4 * -(-r // 128) + rope,
+        "6-bit": -(-6 * r // 8) + 2 * -(-r // 64) + rope,
+    }
+    return {name: n * c.num_hidden_layers for name, n in per_layer.items()}

@@ -24,7 +24,7 @@ def llm_67b() -> ModelConfig:
 
 
 def moe_2b() -> ModelConfig:
-    """DeepSeekMoE 2B, the validation model: nine layers, all mixtures, one shared and 63 routed experts (MoE Table 7)."""
+    """DeepSeekMoE 2B, the validation model: nine layers, all mixtures, 1 shared and 63 routed experts (MoE Table 7)."""
     return ModelConfig(
         model_type="deepseek", vocab_size=8192, hidden_size=1280, intermediate_size=3416, moe_intermediate_size=856,
         num_hidden_layers=9, num_attention_heads=10, num_key_value_heads=10, head_dim=128,

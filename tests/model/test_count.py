@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,17 +90,35 @@ def test_an_mtp_module_costs_a_layer_its_projection_and_another_head(tiny: Model
 
 def test_v3_caches_35136_elements_per_token(v3: ModelConfig) -> None:
     """68.6 KiB in bfloat16 (V2 Table 1 for V3's shape)."""
-    assert count.cache_bytes_per_token(v3, 1)["mla"] == 35_136
-    assert count.cache_bytes_per_token(v3, 2)["mla"] == 70_272
+    assert count.cache_elements_per_token(v3)["mla"] == 35_136
+    assert count.latent_bytes_per_token(v3)["BF16"] == 70_272
 
 
 def test_the_count_equals_the_bytes_of_a_cache(tiny: ModelConfig) -> None:
     config = dataclasses.replace(tiny, num_nextn_predict_layers=0)
     cache = LatentCache(config, 10, "cpu", torch.bfloat16)
-    assert cache.latents.nbytes == 10 * count.cache_bytes_per_token(config, 2)["mla"]
+    assert cache.latents.nbytes == 10 * 2 * count.cache_elements_per_token(config)["mla"]
 
 
 def test_latents_are_the_smallest_but_for_one_shared_head(v3: ModelConfig) -> None:
-    sizes = count.cache_bytes_per_token(v3, 2)
-    assert sizes["mha"] == 61 * 2 * 128 * (192 + 128)
+    sizes = count.cache_elements_per_token(v3)
+    assert sizes["mha"] == 61 * 128 * (192 + 128)
     assert sizes["mqa"] < sizes["mla"] < sizes["gqa"] < sizes["mha"]
+
+
+def test_parts_add_up_to_the_total(v3: ModelConfig, tiny: ModelConfig) -> None:
+    for config in (v3, tiny, dataclasses.replace(tiny, q_lora_rank=None, tie_word_embeddings=True)):
+        assert sum(count.parts(config).values()) == count.parameters(config).total
+
+
+def test_latents_take_the_bytes_of_the_served_formats(v3: ModelConfig) -> None:
+    per_layer = {kind: size // v3.num_hidden_layers for kind, size in count.latent_bytes_per_token(v3).items()}
+    assert per_layer == {"BF16": 1152, "FP8": 656, "6-bit": 528}
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "scale"), [(8, 512, 352e6), (24, 2048, 9.66e9), (80, 8192, 419e9)], ids=str
+)
+def test_model_scale_equals_the_published_table(tiny: ModelConfig, layers: int, width: int, scale: float) -> None:
+    config = dataclasses.replace(tiny, num_hidden_layers=layers, hidden_size=width)
+    assert count.model_scale(config, 4096) == pytest.approx(scale, rel=2e-3)
