@@ -20,6 +20,7 @@ _NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 
@@ -31,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES:
             raise CheckpointError(f"tensor {name} has dtype {tensor.dtype} -> not written to {path}; convert it first")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
             raise CheckpointError(f"tensor {name} is not finite -> not written to {path}")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -26,14 +26,17 @@ from benthic.base.files import (
     verify_folder,
     write_file,
 )
-from benthic.base.tensors import TensorFile, write_tensors
+from benthic.base.tensors import write_tensors
+from benthic.kernels.quant import BLOCK, quantise_blocks
 from benthic.model.config import ModelConfig
-from benthic.model.hf_config import from_hf, to_hf
+from benthic.model.hf_config import FP8_SETTINGS, from_hf, to_hf
 from benthic.model.transformer import Transformer
+from benthic.model.weights import INDEX, SCALE, WEIGHTS, Weights
 from benthic.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("benthic")
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
+SHARD_BYTES = 5_000_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,10 +67,18 @@ def shared_copies(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.head
 
 
-def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> dict[str, str]:
+def write_model(
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    *,
+    fp8: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
     """Write a sealed model folder at `folder`, which must not exist: everything or nothing appears.
 
-    Returns the sha256 of each of its files, for a manifest further out.
+    `fp8` quantises what the released V3 files quantise. More than `shard_bytes` become shards with an index. Returns
+    the sha256 of each of the folder's files, for a manifest further out.
     """
     if folder.exists():
         raise InputError(f"model folder {folder} already exists -> choose another, or remove it first")
@@ -76,16 +87,58 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -
         remove_folder(partial)
     make_folder(partial)
     tensors = dict(checkpoint_views(model)) | dict(shared_copies(model))
-    dtype = str(model.head.dtype).removeprefix("torch.")
-    digests = {
-        WEIGHTS: write_tensors(partial / WEIGHTS, tensors),
-        CONFIG: write_file(partial / CONFIG, [json_bytes(to_hf(model.config, dtype))]),
-    }
+    digests = _write_weights(partial, tensors, fp8, shard_bytes)
+    config = to_hf(model.config, str(model.head.dtype).removeprefix("torch."))
+    config |= {"quantization_config": FP8_SETTINGS} if fp8 else {}
+    digests[CONFIG] = write_file(partial / CONFIG, [json_bytes(config)])
     if tokenizer is not None:
         tokenizer.save(partial)
         digests |= {p.name: sha256_file(p) for p in partial.iterdir() if p.name not in digests}
     commit_folder(partial, folder, digests)
     return digests | {MANIFEST: sha256_file(folder / MANIFEST)}
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], fp8: bool, shard_bytes: int) -> dict[str, str]:
+    """One file, or shards filled in order of the names, each quantised only when its turn comes."""
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name in sorted(tensors):
+        size = _stored_bytes(name, tensors[name], fp8)
+        if filled + size > shard_bytes and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [WEIGHTS]
+    digests, held = {}, {}
+    for file, names in zip(files, shards):
+        content = {k: t for name in names for k, t in _stored(name, tensors[name], fp8).items()}
+        digests[file] = write_tensors(folder / file, content)
+        held |= dict.fromkeys(content, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(held.items()))}
+        digests[INDEX] = write_file(folder / INDEX, [json_bytes(index)])
+    return digests
+
+
+def _quantised(name: str, tensor: Tensor) -> bool:
+    """Whether the released V3 files hold this weight as FP8: projections do; embedding, head, gate, eh_proj do not."""
+    return tensor.dim() == 2 and bool(re.search(r"_proj(_with_mqa)?\.weight$", name)) and "eh_proj" not in name
+
+
+def _stored(name: str, tensor: Tensor, fp8: bool) -> dict[str, Tensor]:
+    if not (fp8 and _quantised(name, tensor)):
+        return {name: tensor}
+    weight, scale = quantise_blocks(tensor)
+    return {name: weight, name + SCALE: scale}
+
+
+def _stored_bytes(name: str, tensor: Tensor, fp8: bool) -> int:
+    if not (fp8 and _quantised(name, tensor)):
+        return tensor.numel() * tensor.element_size()
+    n, k = tensor.shape
+    return n * k + 4 * -(-n // BLOCK) * -(-k // BLOCK)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -104,7 +157,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def read_weights(folder: Path, model: Transformer) -> None:
     """Copy the weights of `folder` into `model`, tensor by tensor. Lists missing, extra and misshapen tensors."""
-    file = TensorFile(folder / WEIGHTS)
+    file = Weights(folder)
     views, copies = dict(checkpoint_views(model)), dict(shared_copies(model))
     wanted = {name: tuple(t.shape) for name, t in (views | copies).items()}
     problems = [f"missing {n} {wanted[n]}" for n in sorted(views.keys() - set(file.names))]
@@ -116,7 +169,7 @@ def read_weights(folder: Path, model: Transformer) -> None:
     ]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{file.path} does not fit {CONFIG}: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(f"{folder} does not fit {CONFIG}: {'; '.join(problems[:5])}{more}")
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(file[name])
@@ -160,7 +213,7 @@ def _without_absent_mtp(config: ModelConfig, folder: Path) -> ModelConfig:
     """Folders that transformers saved promise MTP modules in `config.json` and hold none: load the rest, and say so."""
     modules = config.num_nextn_predict_layers
     first = f"model.layers.{config.num_hidden_layers}."
-    if not modules or any(name.startswith(first) for name in TensorFile(folder / WEIGHTS).names):
+    if not modules or any(name.startswith(first) for name in Weights(folder).names):
         return config
     log.warning("%s has no weights for its %d MTP modules: loaded without them", folder, modules)
     return dataclasses.replace(config, num_nextn_predict_layers=0)

@@ -30,6 +30,9 @@ IGNORED = frozenset(
 FIXED: Mapping[str, Any] = {
     "attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "moe_layer_freq": 1, "use_sliding_window": False,
 }  # fmt: skip
+FP8_SETTINGS: Mapping[str, Any] = {  # of the released V3 files; a `scale_fmt` beside them may name powers of two
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+}  # fmt: skip
 YARN = frozenset(
     "type rope_type factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim".split()
 )
@@ -68,8 +71,9 @@ def from_hf(data: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"sliding_window={data['sliding_window']!r} in {where} -> only full attention is supported")
     if set(data.get("layer_types") or ()) - {"full_attention"}:
         raise InputError(f"layer_types={data['layer_types']!r} in {where} -> only 'full_attention' is supported")
-    if data.get("quantization_config"):
-        raise InputError(f"quantization_config in {where} -> this version loads unquantised weights")
+    quantised = data.get("quantization_config") or FP8_SETTINGS
+    if not isinstance(quantised, Mapping) or {**quantised, "scale_fmt": ""} != {**FP8_SETTINGS, "scale_fmt": ""}:
+        raise InputError(f"quantization_config={quantised!r} in {where} -> supported: {FP8_SETTINGS}")
     known = {key: value for key, value in data.items() if key not in IGNORED}
     known |= _rope(data, where)
     if isinstance(known.get("eos_token_id"), list):  # several tokens may end a turn; the first ends the text
