@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,36 @@ def test_a_run_that_crashed_in_a_stage_equals_an_uninterrupted_one(
     with pytest.raises(RuntimeError, match="the machine went away"):
         demo.run(config, Stop())
     demo.run(config, Stop())
+    assert fingerprint(tmp_path / "run") == fingerprint(finished)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_jobs_demo import micro
+from benthic.base.signals import Stop
+from benthic.jobs import demo
+demo.run(micro(Path(sys.argv[2]), Path(sys.argv[3])), Stop())
+"""
+
+
+@pytest.mark.long
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(
+    corpus: Path, tmp_path: Path, finished: Path
+) -> None:
+    moments, kills = random.Random(0), 0
+    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(corpus), str(tmp_path / "run")]
+    while kills < 40:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            assert child.wait(timeout=1.5 + 2 * moments.random() + kills / 8) == 0
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+    assert kills >= 2
     assert fingerprint(tmp_path / "run") == fingerprint(finished)
 
 
