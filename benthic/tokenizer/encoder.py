@@ -24,10 +24,12 @@ def whole_characters(text: str) -> str:
 
 
 class PlainEncoder:
-    """The `tokenizers` library on a tokenizer.json without its added tokens, so that none matches inside text."""
+    """The `tokenizers` library on a tokenizer.json. Without its added tokens (the default) none matches inside text."""
 
-    def __init__(self, spec: dict[str, Any], where: str):
-        quiet = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    def __init__(self, spec: dict[str, Any], where: str, with_added_tokens: bool = False):
+        quiet: dict[str, Any] = {"post_processor": None, "truncation": None, "padding": None}
+        if not with_added_tokens:
+            quiet["added_tokens"] = []
         try:
             self._engine = tokenizers.Tokenizer.from_str(json.dumps({**spec, **quiet}))
         except Exception as error:  # the library raises nothing narrower

@@ -1,6 +1,6 @@
-r"""How DeepSeek-V3 cuts text before byte-pair merging: as the released sequence, and as one regex for the fast engine.
+r"""How DeepSeek cuts text before byte-pair merging: the released sequences of V1 and V3, and V3's as one fast regex.
 
-The sequence isolates runs of up to three digits, then runs of Han and kana, then applies a GPT-like regex inside each
+V3's sequence isolates runs of up to three digits, then runs of Han and kana, then applies a GPT-like regex inside each
 remaining *and each isolated* piece. One regex equals it when each alternative says so: Han and kana never mix with
 other letters, the katakana middle dot (punctuation inside the kana block) still stands alone, the end of a piece counts
 as the end of the text for `\s+(?!\S)`, and characters that no alternative of the sequence matches (zero-width, control,
@@ -43,6 +43,8 @@ def _split(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
 # The `pre_tokenizer` entry of the released tokenizer.json.
 V3: dict[str, Any] = {
     "type": "Sequence",
@@ -50,6 +52,27 @@ V3: dict[str, Any] = {
         _split(DIGITS_REGEX),
         _split(HAN_KANA_REGEX),
         _split(WORDS_REGEX),
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        _BYTE_LEVEL,
+    ],
+}
+
+# Letters that have case, listed range by range, as in the released file.
+_CASED = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
+    "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+
+# The same entry of DeepSeek LLM and V2: line breaks and digits stand alone, words and marks may begin with one blank.
+V1: dict[str, Any] = {
+    "type": "Sequence",
+    "pretokenizers": [
+        _split(f"[{_NEWLINES}]"),
+        _split(rf"\s?[{_CASED}]+"),
+        _split("\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+"),
+        _split(r"\s+$"),
+        _split("[一-龥\u0800-一가-\ud7ff]+"),
+        {"type": "Digits", "individual_digits": True},
+        _BYTE_LEVEL,
     ],
 }

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 from benthic.base import files
 from benthic.base.errors import InputError, did_you_mean
-from benthic.tokenizer import tokens
+from benthic.tokenizer import templates, tokens
 from benthic.tokenizer.encoder import FastEncoder, PlainEncoder, whole_characters
 from benthic.tokenizer.vocabulary import Vocabulary
 
 VOCABULARY = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"  # where newer tools keep the template; it goes before that of the config
 CHECKSUMS = "tokenizer_checksums.json"  # written last; folders made by other tools have none
 
 
@@ -22,22 +23,29 @@ class Tokenizer:
     """Byte-level BPE with DeepSeek's added tokens. Immutable, and safe to use from several threads.
 
     `spec` is the content of tokenizer.json, `config` of tokenizer_config.json, `where` names them in errors.
+    `template` is the name of its chat format, None where `chat_template` is Jinja text that writes none of those known.
+    `released_compat` makes `encode` find added tokens in text, as other tools do with the released files: a message can
+    then forge turns, and with V1 and V2 files "für" does not survive, because these match the letter as a byte.
     """
 
-    def __init__(self, spec: dict[str, Any], config: dict[str, Any], where: str = VOCABULARY):
+    def __init__(
+        self, spec: dict[str, Any], config: dict[str, Any], where: str = VOCABULARY, released_compat: bool = False
+    ):
         vocabulary = Vocabulary.parse(spec, where)
-        self._spec, self._config = spec, config
+        self._spec, self._config, self._where, self._released_compat = spec, config, where, released_compat
+        self.chat_template: str = _chat_template(config.get("chat_template"), where)
         self._bytes, self._skipped = vocabulary.bytes_by_id, vocabulary.control_ids
         self.special: dict[str, int] = vocabulary.added
+        self.template = templates.named(self.chat_template) if self.chat_template else templates.fitting(self.special)
         self.vocab_size: int = len(vocabulary.bytes_by_id)
         self.bos_id: int = self.id_of(_name(config, "bos_token", where))
         self.eos_id: int = self.id_of(_name(config, "eos_token", where))
         self.pad_id: int = self.id_of(_name(config, "pad_token", where))
-        ranks = vocabulary.ranks()
-        self._encoder = PlainEncoder(spec, where) if ranks is None else FastEncoder(ranks, spec, where)
+        ranks = None if released_compat else vocabulary.ranks()
+        self._encoder = PlainEncoder(spec, where, released_compat) if ranks is None else FastEncoder(ranks, spec, where)
 
     @classmethod
-    def load(cls, folder: Path | str) -> Self:
+    def load(cls, folder: Path | str, released_compat: bool = False) -> Self:
         """Read a folder with tokenizer.json and tokenizer_config.json. InputError names the file that is at fault."""
         folder = Path(folder)
         data = {name: _read(folder / name) for name in (VOCABULARY, CONFIG)}
@@ -50,7 +58,16 @@ class Tokenizer:
                         f"or delete {CHECKSUMS} if you edited it on purpose"
                     )
         spec, config = (_parse(data[name], folder / name) for name in (VOCABULARY, CONFIG))
-        return cls(spec, config, str(folder / VOCABULARY))
+        if (folder / TEMPLATE).exists():
+            config["chat_template"] = _read(folder / TEMPLATE).decode("utf-8", "replace")
+        return cls(spec, config, str(folder / VOCABULARY), released_compat)
+
+    def with_template(self, name: str) -> Self:
+        """The same tokenizer with another chat format, a name in `templates.TEMPLATES`; `save` writes it for all."""
+        if name not in templates.TEMPLATES:
+            raise InputError(f"unknown template {name!r} -> use a known one{did_you_mean(name, templates.TEMPLATES)}")
+        config = self._config | {"chat_template": templates.jinja(templates.TEMPLATES[name])}
+        return type(self)(self._spec, config, self._where, self._released_compat)
 
     def save(self, folder: Path | str) -> None:
         """Write the files that `load`, the tokenizers library and transformers read; each is whole or absent."""
@@ -98,15 +115,15 @@ class Tokenizer:
         return self.special[token]
 
 
-def config_of_new_tokenizer() -> dict[str, Any]:
-    """The tokenizer_config.json of a tokenizer that we trained."""
+def config_of_new_tokenizer(template: str) -> dict[str, Any]:
+    """The tokenizer_config.json of a tokenizer that we trained, with a chat format by its name."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens.BOS,
         "eos_token": tokens.EOS,
         "pad_token": tokens.PAD,
         "clean_up_tokenization_spaces": False,
-        "chat_template": tokens.CHAT_TEMPLATE,
+        "chat_template": templates.jinja(templates.TEMPLATES[template]),
     }
 
 
@@ -117,6 +134,15 @@ def _name(config: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(name, str):
         raise InputError(f"{key} is {value!r} in {CONFIG} beside {where} -> give the name of a token")
     return name
+
+
+def _chat_template(value: Any, where: str) -> str:
+    """The Jinja text: a string, or the one named "default" in a list of names and texts; empty where there is none."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}.get("default")
+    if not isinstance(value, str | None):
+        raise InputError(f"chat_template is a {type(value).__name__} in {CONFIG} beside {where} -> give a string")
+    return value or ""
 
 
 def _read(path: Path) -> bytes:

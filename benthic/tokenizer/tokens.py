@@ -1,4 +1,6 @@
-"""Names of the added tokens, as in the released DeepSeek-V3 and R1 tokenizers, and the chat template that uses them."""
+"""Names of the added tokens, as in the released DeepSeek-V3, R1 and V3.1 tokenizers."""
+
+import re
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -10,22 +12,23 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 THINK = "<think>"
 END_THINK = "</think>"
+CALLS = "<｜tool▁calls▁begin｜>"
+END_CALLS = "<｜tool▁calls▁end｜>"
+CALL = "<｜tool▁call▁begin｜>"
+END_CALL = "<｜tool▁call▁end｜>"
+OUTPUTS = "<｜tool▁outputs▁begin｜>"
+END_OUTPUTS = "<｜tool▁outputs▁end｜>"
+OUTPUT = "<｜tool▁output▁begin｜>"
+END_OUTPUT = "<｜tool▁output▁end｜>"
+SEP = "<｜tool▁sep｜>"
+SEARCH = "<｜search▁begin｜>"  # only the V3.1 tokenizer has it
+
+FIM = (FIM_HOLE, FIM_BEGIN, FIM_END)
+CHAT = (USER, ASSISTANT, THINK, END_THINK)
+TOOLS = (CALLS, END_CALLS, CALL, END_CALL, OUTPUTS, END_OUTPUTS, OUTPUT, END_OUTPUT, SEP)
 
 FIRST = (BOS, EOS, PAD)  # ids 0, 1, 2; "special" in the file: `decode(skip_special=True)` leaves them out
-LAST = (FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, THINK, END_THINK)  # the end of the vocabulary; text keeps them
+LAST = FIM + CHAT  # the end of the vocabulary; text keeps them
 
-# For tools that render with Jinja. `chat.render` writes the same text, but lets no token be forged from a message.
-CHAT_TEMPLATE = (
-    "{{- bos_token -}}"
-    "{{- messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{- '<｜User｜>' + message['content'] -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- set followed = messages[loop.index:] | selectattr('role', 'equalto', 'user') | list -%}"
-    "{%- set content = message['content'].split('</think>')[-1] if followed else message['content'] -%}"
-    "{{- '<｜Assistant｜>' + content + eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<｜Assistant｜>' -}}{%- endif -%}"
-)
+THINKING = re.compile(f"({re.escape(THINK)}|{re.escape(END_THINK)})")
+MARKUP = re.compile(f"(<｜[^｜]*｜>|{re.escape(THINK)}|{re.escape(END_THINK)})")  # tokens in a template's own text

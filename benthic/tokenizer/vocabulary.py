@@ -19,7 +19,11 @@ def byte_alphabet() -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """bytes_by_id: what each id stands for; added: {name: id}; control_ids: the added tokens marked special."""
+    """bytes_by_id: what each id stands for; added: {name: id}; control_ids: the added tokens marked special.
+
+    The files of V1 and V2 list the 13 bytes that never occur in UTF-8 as added tokens, by their letters in the byte
+    alphabet (U+00FC for 0xFC). Here they are what they stand for: bytes of the vocabulary, not names to be found.
+    """
 
     bytes_by_id: list[bytes]
     added: dict[str, int]
@@ -36,6 +40,8 @@ class Vocabulary:
         vocab = _typed(model.get("vocab"), dict, "model.vocab", where)
         merges = _typed(model.get("merges"), list, "model.merges", where)
         added, control_ids = _added(_typed(spec.get("added_tokens"), list, "added_tokens", where), where)
+        letters = {name: i for name, i in added.items() if name in byte_alphabet() and name not in vocab}
+        vocab, added = {**vocab, **letters}, {name: i for name, i in added.items() if name not in letters}
         return cls(
             bytes_by_id=_bytes_by_id(vocab, added, where),
             added=added,
