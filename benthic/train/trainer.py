@@ -186,6 +186,7 @@ class Trainer:
         """Continue from the newest whole checkpoint in `folder`, if there is one. Then runs on as if never stopped."""
         saved = checkpoint.newest(self.folder)
         if saved is None:
+            torch.manual_seed(self.config.seed)  # whatever this process drew before, the stage begins the same way
             self.run.rewind(self.stage, 0)
             return False
         self._same_settings(saved)
