@@ -205,7 +205,7 @@ class Demo:
         """GRPO from the shortcut model, which is also the reference."""
         config, tokenizer = self.config, self.tokenizer()
         questions = Questions(self.task.problems("rl"))
-        objective = PolicyGradient(config.grpo, config.rl.balance_loss_weight)
+        objective = PolicyGradient(config.grpo, config.rl)
         trainer = self.trainer("grpo", config.rl, self.trained("shortcut"), objective, questions)
         reference = self.trained("shortcut")
         grpo(trainer, self.engine(trainer.model), reference, self.task, questions, tokenizer, config.grpo)

@@ -17,7 +17,8 @@ from benthic.posttrain.reward import rule_reward
 from benthic.posttrain.rollout import Rollouts, explore, largest_gap, score, to_batch
 from benthic.tasks.task import Problem, Task
 from benthic.tokenizer.tokenizer import Tokenizer
-from benthic.train.loss import Outcome, balance_loss, label_logprobs, loads
+from benthic.train.config import TrainConfig
+from benthic.train.loss import Outcome, balance_losses, label_logprobs, loads
 from benthic.train.trainer import Trainer
 
 
@@ -44,8 +45,8 @@ class Questions:
 class PolicyGradient:
     """The objective of an update: `losses.grpo` on the labels of a packed batch, plus the balance of experts."""
 
-    def __init__(self, config: GRPOConfig, balance_loss_weight: float):
-        self.config, self.balance_loss_weight = config, balance_loss_weight
+    def __init__(self, config: GRPOConfig, settings: TrainConfig):
+        self.config, self.settings = config, settings
 
     def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
         hidden, choices = model.hidden(batch.ids, batch.positions, batch.segments)
@@ -54,9 +55,9 @@ class PolicyGradient:
             batch.extra[name].reshape(-1)[at] for name in ("old_logprobs", "ref_logprobs", "advantages", "weights")
         )
         loss, metrics = losses.grpo(logprobs, old, ref, advantages, weights, self.config.epsilon, self.config.beta)
-        balance = balance_loss(choices, batch, targets)
-        metrics |= {"loss": loss.detach(), "balance_loss": balance.detach()}
-        return Outcome(loss + self.balance_loss_weight * balance, metrics, loads(model, choices, batch))
+        balance, balances = balance_losses(self.settings, model, choices, batch, targets)
+        metrics |= {"loss": loss.detach(), **balances}
+        return Outcome(loss + balance, metrics, loads(model, choices, batch))
 
 
 def grpo(

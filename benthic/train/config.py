@@ -37,7 +37,15 @@ class TrainConfig:
     mtp_loss_weight: float = 0.3
     """Weight of the multi-token prediction loss, lambda."""
     balance_loss_weight: float = 1e-4
-    """Weight of the sequence-wise balance loss, alpha."""
+    """Weight of V3's sequence-wise balance loss, alpha."""
+    batch_balance_loss_weight: float = 0.0
+    """Weight of the same loss taken over all tokens of a micro-batch at once."""
+    expert_balance_loss_weight: float = 0.0
+    """Weight of V2's expert-level loss, alpha_1: per sequence, by the experts really chosen."""
+    device_balance_loss_weight: float = 0.0
+    """Weight of V2's device-level loss, alpha_2; the expert groups are the devices."""
+    communication_balance_loss_weight: float = 0.0
+    """Weight of V2's communication loss, alpha_3."""
     bias_update_speed: float = 1e-3
     """Step of the gate bias, gamma; 0 switches the auxiliary-loss-free balancing off."""
     spike_factor: float = 20.0

@@ -4,6 +4,7 @@ Log-probabilities are computed in chunks of tokens: no [N, V] float32 tensor eve
 Letters: B rows, T tokens, N = B*T, d hidden, V vocabulary, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.batch import IGNORE, Batch
-from benthic.model.balance import expert_load, sequence_balance_loss
+from benthic.model.balance import Balance, chosen_experts, expert_load, sequence_balance_loss
 from benthic.model.gate import Choice
 from benthic.model.transformer import Transformer
 from benthic.train.config import TrainConfig
@@ -112,23 +113,44 @@ class LanguageModelling:
             mtp_loss = mtp_loss - label_logprobs(hidden, head, labels)[0].sum() / (targets * depths)  # V3 Eq 24
             if choice is not None:
                 choices.append(choice)
-        balance = balance_loss(choices, batch, targets)
-        total = loss + self.config.mtp_loss_weight * mtp_loss + self.config.balance_loss_weight * balance  # V3 Eq 25
-        metrics = {"loss": loss.detach(), "mtp_loss": mtp_loss.detach(), "balance_loss": balance.detach()}
+        balance, balances = balance_losses(self.config, model, choices, batch, targets)
+        total = loss + self.config.mtp_loss_weight * mtp_loss + balance  # V3 Eq 25
+        metrics = {"loss": loss.detach(), "mtp_loss": mtp_loss.detach(), **balances}
         return Outcome(total, metrics, loads(model, choices, batch))
 
 
-def balance_loss(choices: list[Choice], batch: Batch, targets: Tensor) -> Tensor:
-    """Sequence-wise balance loss, summed over layers and averaged over sequences by their labels; 0-d.
+def balance_losses(
+    settings: TrainConfig, model: Transformer, choices: list[Choice], batch: Batch, targets: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(weighted sum, V3's sequence-wise loss and every other that has a weight), summed over layers.
 
-    Weighting each row by its labels out of `targets` makes micro-batches add up, as they do for the main loss.
+    A sequence counts by its labels out of `targets`, so that micro-batches add up, as they do for the main loss.
     """
     valid = None if batch.segments is None else batch.segments.reshape(-1) > 0
-    shape = (batch.ids.shape[0], batch.ids.shape[1])
-    rows = sum(
-        (sequence_balance_loss(c, shape, valid) for c in choices), torch.zeros(1, device=batch.ids.device)
-    )  # [B]
-    return (rows * (batch.labels != IGNORE).sum(1)).sum() / targets
+    shape, k = (batch.ids.shape[0], batch.ids.shape[1]), model.config.num_experts_per_tok
+    groups, reach = model.config.n_group, model.config.topk_group
+    share = (batch.labels != IGNORE).sum(1) / targets  # [B]
+    weights = {
+        "balance_loss": settings.balance_loss_weight,
+        "batch_balance_loss": settings.batch_balance_loss_weight,
+        "expert_balance_loss": settings.expert_balance_loss_weight,
+        "device_balance_loss": settings.device_balance_loss_weight,
+        "communication_balance_loss": settings.communication_balance_loss_weight,
+    }
+    terms: dict[str, Callable[[Choice], Tensor]] = {
+        "balance_loss": lambda c: share * sequence_balance_loss(c, shape, valid),
+        "batch_balance_loss": lambda c: share.sum() * sequence_balance_loss(c, (1, shape[0] * shape[1]), valid),
+        "expert_balance_loss": lambda c: share * Balance.of(c, chosen_experts(c), shape, valid).experts(k),
+        "device_balance_loss": lambda c: share * Balance.of(c, chosen_experts(c), shape, valid).devices(k, groups),
+        "communication_balance_loss": lambda c: (
+            share * Balance.of(c, chosen_experts(c), shape, valid).communication(groups, reach)
+        ),
+    }
+    none = torch.zeros((), device=batch.ids.device)
+    used = [name for name, weight in weights.items() if weight or name == "balance_loss"]
+    found = {name: sum((terms[name](c).sum() for c in choices), none) for name in used}
+    total = sum((weights[name] * value for name, value in found.items()), none)
+    return total, {name: value.detach() for name, value in found.items()}
 
 
 def loads(model: Transformer, choices: list[Choice], batch: Batch) -> Tensor:

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benthic.model.balance import expert_load, max_violation, sequence_balance_loss, update_bias
+from benthic.model.balance import (
+    Balance,
+    chosen_experts,
+    expert_load,
+    max_violation,
+    sequence_balance_loss,
+    update_bias,
+)
 from benthic.model.config import ModelConfig
 from benthic.model.gate import Choice, Gate
 
@@ -173,3 +180,49 @@ def test_updating_the_bias_drives_violation_down() -> None:
 def test_without_the_update_violation_stays() -> None:
     first, last = violation_after(steps=120, speed=0.0)
     assert last > 0.8 * first
+
+
+GROUPS, REACH = 4, 2  # devices of two experts
+
+
+def v2_loops(scores: Tensor, ids: Tensor) -> dict[str, list[float]]:
+    """V2 Eq 23-31 without their factors, sequence by sequence; ids [B, T, K] are the experts really chosen."""
+    found: dict[str, list[float]] = {"experts": [], "devices": [], "communication": []}
+    for row, chosen in zip(scores.tolist(), ids.tolist()):
+        f = [E / (K * T) * sum(i in chosen[t] for t in range(T)) for i in range(E)]
+        p = [sum(row[t][i] / sum(row[t]) for t in range(T)) / T for i in range(E)]
+        members = [range(d * E // GROUPS, (d + 1) * E // GROUPS) for d in range(GROUPS)]
+        f_device = [sum(f[j] for j in some) / len(some) for some in members]
+        p_device = [sum(p[j] for j in some) for some in members]
+        sent = [sum(any(j in chosen[t] for j in some) for t in range(T)) for some in members]
+        f_sent = [GROUPS / (REACH * T) * n for n in sent]
+        found["experts"].append(sum(a * b for a, b in zip(f, p)))
+        found["devices"].append(sum(a * b for a, b in zip(f_device, p_device)))
+        found["communication"].append(sum(a * b for a, b in zip(f_sent, p_device)))
+    return found
+
+
+def test_the_losses_of_v2_equal_the_printed_equations(scores: Tensor) -> None:
+    choice = choice_of(scores)
+    expected = v2_loops(scores, choice.topk_ids.view(B, T, K))
+    ours = Balance.of(choice, chosen_experts(choice), (B, T), None)
+    assert ours.experts(K).tolist() == pytest.approx(expected["experts"], rel=1e-12)
+    assert ours.devices(K, GROUPS).tolist() == pytest.approx(expected["devices"], rel=1e-12)
+    assert ours.communication(GROUPS, REACH).tolist() == pytest.approx(expected["communication"], rel=1e-12)
+
+
+def test_the_losses_of_v2_leave_padding_out(scores: Tensor) -> None:
+    valid = torch.ones(B, T, dtype=torch.bool)
+    valid[:, 4:] = False
+    choice = choice_of(scores)
+    ours = Balance.of(choice, chosen_experts(choice), (B, T), valid.reshape(-1))
+    short = choice_of(scores[:, :4])
+    alone = Balance.of(short, chosen_experts(short), (B, 4), None)
+    for loss in (lambda b: b.experts(K), lambda b: b.devices(K, GROUPS), lambda b: b.communication(GROUPS, REACH)):
+        torch.testing.assert_close(loss(ours), loss(alone))
+
+
+def test_by_the_chosen_experts_and_by_unbiased_scores_differ_when_a_bias_chose(scores: Tensor) -> None:
+    choice = choice_of(scores)
+    chosen = Balance.of(choice, chosen_experts(choice), (B, T), None).experts(K)
+    assert (chosen < sequence_balance_loss(choice, (B, T), None)).all()  # the worst were chosen

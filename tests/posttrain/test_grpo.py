@@ -26,7 +26,7 @@ def make(folder, *, config: GRPOConfig = CONFIG, **changes):
         "lr_scheduler_type": "constant", "warmup_steps": 0, "save_steps": 100, "save_total_limit": 100,
     }  # fmt: skip
     settled = settings(**plain | changes)
-    objective = PolicyGradient(config, settled.balance_loss_weight)
+    objective = PolicyGradient(config, settled)
     return trainer(folder, settled, objective=objective, cursor=Questions(Digits().problems("rl")), model=policy())
 
 

@@ -230,3 +230,16 @@ def test_packed_documents_cost_what_they_cost_alone():
     torch.testing.assert_close(first.loss, second.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(first.metrics["mtp_loss"], second.metrics["mtp_loss"], rtol=1e-6, atol=1e-6)
     assert torch.equal(first.expert_load[0], second.expert_load[0])  # the MTP gate also sees what follows a document
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_balance_loss", "expert_balance_loss", "device_balance_loss", "communication_balance_loss"]
+)
+def test_a_weighted_balance_loss_is_reported_and_added(name):
+    model, batch = fresh_model(), Stream().batch(0)
+    targets = batch.targets()
+    without = LanguageModelling(settings())(model, batch, targets)
+    with_it = LanguageModelling(settings(**{f"{name}_weight": 0.5}))(model, batch, targets)
+    assert name not in without.metrics
+    assert with_it.metrics[name] > 0
+    torch.testing.assert_close(with_it.loss - without.loss, 0.5 * with_it.metrics[name])
