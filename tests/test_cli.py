@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,15 +61,6 @@ def test_help_and_usage_errors_import_nothing_heavy(argv):
     loaded = set(run.stdout.rsplit("loaded ", 1)[1].split())
     assert loaded.isdisjoint(HEAVY)
     assert "benthic.cli" in loaded
-
-
-def test_help_answers_within_a_second():
-    def seconds() -> float:
-        start = time.monotonic()
-        python("from benthic.cli import main; main(['demo', '--help'])")
-        return time.monotonic() - start
-
-    assert min(seconds() for _ in range(3)) < 1.0  # the best of three: other work on the machine is not our doing
 
 
 def test_import_benthic_loads_no_dependency_and_offers_what_it_says():
