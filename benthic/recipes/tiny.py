@@ -9,7 +9,7 @@ from benthic.train.config import TrainConfig
 
 
 def model() -> ModelConfig:
-    """The full V3 architecture at 2M parameters. Head widths are small but keep V3's parts: compressed query, latent,
+    """The full V3 architecture at 2.7M parameters. Head widths are small but keep V3's parts: compressed query, latent,
     decoupled rotary key, a dense first layer, shared and routed experts in groups, one MTP module."""
     return ModelConfig(
         vocab_size=2048, hidden_size=160, num_hidden_layers=3, num_nextn_predict_layers=1,
