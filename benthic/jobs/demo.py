@@ -7,6 +7,7 @@ command again goes on from there, and ends with the same bits as a run that was 
 import dataclasses
 import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from benthic.base.config import to_dict
-from benthic.base.errors import InputError
+from benthic.base.errors import CheckpointError, InputError
 from benthic.base.files import make_folder, remove_folder, write_json
 from benthic.base.log import Run
 from benthic.base.signals import Stop
@@ -49,6 +50,8 @@ CONFIG = "config.json"
 
 def run(config: DemoConfig, stop: Stop) -> dict[str, Any]:
     """Run or continue the job in `config.output_dir`; returns what also stands in results.json."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(f"WORLD_SIZE={processes} -> this job runs in one process; start it without torchrun")
     found = torch.cuda.is_available()
     if config.device == "cuda" and not found:
         raise InputError("device='cuda' but torch sees no GPU -> use --device cpu, or check `benthic doctor`")
@@ -130,6 +133,12 @@ class Demo:
             raise InputError(
                 f"stage {stage!r} in {self.folder} left no checkpoint -> delete its folder to run it again"
             )
+        step, last = saved.state["step"], saved.state["config"]["max_steps"]
+        if step != last:
+            raise CheckpointError(
+                f"stage {stage!r} in {self.folder} ended at step {last}, but only step {step} is whole -> delete its "
+                "result.json and those of later stages, and run again"
+            )
         model = hf.empty(self.config.model, self.config.device, torch.float32, compute or self.compute)
         hf.read_weights(saved.folder / "model", model)
         return model.eval()
@@ -146,7 +155,7 @@ class Demo:
         return trainer
 
     def validate(self, model: Transformer, held_out: Shards, windows: int) -> dict[str, float]:
-        """Bits per byte of held-out text; of its first `windows` windows, or of all with 0."""
+        """Bits per byte of held-out text; of `windows` windows spread over it, or of all with 0."""
         length = self.config.pretrain.max_length
         values = held_out_loss(model, held_out, length, self.config.pretrain.per_device_train_batch_size, windows)
         known = json.loads((self.folder / "corpus" / "result.json").read_bytes())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benthic.base.errors import BenthicError, InputError, Interrupted
+from benthic.base.errors import BenthicError, CheckpointError, InputError, Interrupted
 from benthic.base.files import sha256_file, verify_folder
 from benthic.base.log import Run
 from benthic.base.signals import Stop
@@ -214,6 +215,24 @@ def test_a_folder_begun_with_other_numbers_is_refused_by_the_first_key(corpus: P
     other = dataclasses.replace(config, sft=dataclasses.replace(config.sft, learning_rate=0.5))
     with pytest.raises(InputError, match=r"begun with sft\.learning_rate=.*, now it is 0\.5"):
         demo.run(other, Stop())
+
+
+def test_a_stage_whose_last_checkpoint_is_damaged_is_not_continued_from_an_earlier_one(
+    corpus: Path, tmp_path: Path, finished: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "sft")
+    weights = copy / "pretrain" / "checkpoints" / "step-00000007" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"'pretrain' .* ended at step 7, but only step 6 is whole"):
+        demo.run(micro(corpus, copy), Stop())
+
+
+def test_several_processes_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE=2 -> this job runs in one process"):
+        demo.run(micro(corpus, tmp_path / "run"), Stop())
 
 
 def test_an_empty_corpus_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
