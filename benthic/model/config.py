@@ -92,6 +92,11 @@ class ModelConfig:
     """Gate affinity: sigmoid in V3, softmax over the routed experts before."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
     """Expert choice: by biased scores (V3), by the best groups (V2), or simply the best (DeepSeekMoE, V2-Lite)."""
+    gate_affinity: Literal["dot", "cosine"] = "dot"
+    """Likeness of token and expert: their dot product (the papers), or the cosine, which large norms cannot win."""
+    mtp_type: Literal["sequential", "parallel"] = "sequential"
+    """Prediction modules one after another with the next token's embedding (V3), or independent heads side by side on
+    the layer before the last (Gloeckle et al. 2024)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None

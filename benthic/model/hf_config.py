@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
+OURS: Mapping[str, Any] = {"gate_affinity": "dot", "mtp_type": "sequential"}  # written only where they differ
 MLA = frozenset(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
 PLAIN = frozenset(("num_key_value_heads", "head_dim"))
 EXPERTS = frozenset(
@@ -44,6 +45,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     data = to_dict(config)
     plain, dense = config.kv_lora_rank is None, not config.n_routed_experts
     hidden = (MLA if plain else PLAIN) | (EXPERTS if dense else frozenset())
+    hidden |= {key for key, released in OURS.items() if data[key] == released}
     data = {key: value for key, value in data.items() if key not in hidden}
     if config.rope_scaling is not None:
         used = YARN if config.rope_scaling.type == "yarn" else LLAMA3
