@@ -41,7 +41,8 @@ class Engine:
 
     def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
         c = model.config
-        self.config = (config or EngineConfig()).resolve(c.max_position_embeddings, c.num_nextn_predict_layers)
+        modules = c.num_nextn_predict_layers if c.mtp_type == "sequential" else 0  # others cannot draft one by one
+        self.config = (config or EngineConfig()).resolve(c.max_position_embeddings, modules)
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
         self.runner = Runner(model, self.config, self.vocab_size)

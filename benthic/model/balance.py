@@ -1,9 +1,10 @@
-"""Keeping experts busy: the auxiliary-loss-free bias, the papers' balance losses, and the measure of imbalance.
+"""Keeping experts busy: the auxiliary-loss-free bias, the balance losses, and the measure of imbalance.
 
 Letters: B sequences, T tokens, E routed experts, K chosen, D devices (expert groups), M devices a token may reach.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +18,26 @@ def expert_load(choice: Choice, n_experts: int, valid: Tensor | None) -> Tensor:
     return torch.bincount(ids.reshape(-1), minlength=n_experts)
 
 
-def update_bias(bias: Tensor, load: Tensor, speed: float) -> None:
-    """b_i += speed * sign(mean load - load_i), in place (V3 Sec 2.1.2; Loss-Free Alg 1). load [E] of the whole step."""
+def update_bias(bias: Tensor, load: Tensor, speed: float, rule: Literal["sign", "proportional"] = "sign") -> None:
+    """b_i += speed * sign(e_i) with e_i = mean load - load_i, in place (V3 Sec 2.1.2; Loss-Free Alg 1).
+
+    load [E] of the whole step. The proportional rule takes e_i itself, in units of the mean load.
+    """
     load = load.to(torch.float32)
-    bias.add_(speed * torch.sign(load.mean() - load))
+    error = load.mean() - load
+    bias.add_(speed * (error.sign() if rule == "sign" else error / load.mean().clamp(min=1)))
+
+
+def device_load(load: Tensor, groups: int) -> Tensor:
+    """Tokens' copies that each device computes, for experts spread over `groups` devices. [..., E] -> [..., D]."""
+    return load.unflatten(-1, (groups, -1)).sum(-1)
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """MaxVio per layer: (max load - mean load) / mean load (Loss-Free Eq 4). load [..., E] -> [...]."""
+    """MaxVio per layer: (max load - mean load) / mean load (Loss-Free Eq 4). load [..., E] -> [...].
+
+    Of one step's load it is MaxVio_batch, of a whole validation set's MaxVio_global.
+    """
     load = load.to(torch.float32)
     mean = load.mean(-1)
     return (load.amax(-1) - mean) / mean
@@ -89,3 +102,11 @@ def sequence_balance_loss(choice: Choice, shape: tuple[int, int], valid: Tensor 
     with torch.no_grad():
         hits = unbiased_top_k(choice)
     return Balance.of(choice, hits, shape, valid).experts(choice.topk_ids.shape[-1])
+
+
+def importance_loss(choice: Choice, valid: Tensor | None) -> Tensor:
+    """Squared coefficient of variation of the experts' importance, the sum of their gate values over all tokens of the
+    batch (Shazeer et al. 2017, Eq 6-7), a scalar: what balanced mixtures before these papers."""
+    weights = choice.weights if valid is None else choice.weights * valid.unsqueeze(1)
+    importance = torch.zeros_like(choice.scores).scatter(-1, choice.topk_ids, weights).sum(0)  # [E]
+    return (importance / importance.mean().clamp(min=1e-20) - 1).square().mean()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benthic.model import rope
 from benthic.model.attention import GQA
 from benthic.model.cache import CacheView
+from benthic.model.capacity import Capacity
 from benthic.model.config import ModelConfig
 from benthic.model.ffn import FFN
 from benthic.model.gate import Choice
@@ -24,7 +25,8 @@ from benthic.parallel.dispatch import Dispatcher
 class Context:
     """What every layer of one forward pass shares.
 
-    positions [B, T], cos and sin [B, T, P/2], mask [B, 1, T, T] or None for plain causal, view of the cache or None.
+    positions [B, T], cos and sin [B, T, P/2], mask [B, 1, T, T] or None for plain causal, view of the cache or None,
+    capacity of the devices or None for no bound.
     """
 
     positions: Tensor
@@ -32,10 +34,17 @@ class Context:
     sin: Tensor
     mask: Tensor | None
     view: CacheView | None
+    capacity: Capacity | None = None
 
     @classmethod
     def of(
-        cls, config: ModelConfig, ids: Tensor, positions: Tensor | None, segments: Tensor | None, view: CacheView | None
+        cls,
+        config: ModelConfig,
+        ids: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        view: CacheView | None,
+        capacity: Capacity | None = None,
     ) -> "Context":
         """Build it once per pass. ids [B, T]; positions default to 0..T-1; segments keep documents apart."""
         if positions is None:
@@ -45,7 +54,7 @@ class Context:
         if segments is not None:
             same = segments.unsqueeze(2) == segments.unsqueeze(1)  # [B, T, T]; padding sees padding, so no row is empty
             mask = same.tril().unsqueeze(1)
-        return cls(positions, cos, sin, mask, view)
+        return cls(positions, cos, sin, mask, view, capacity)
 
 
 class Block(nn.Module):
@@ -66,9 +75,9 @@ class Block(nn.Module):
             return x + self.self_attn.expanded(normed, context.cos, context.sin, context.mask)
         return x + self.self_attn.cached(normed, context.cos, context.sin, context.positions, context.view)
 
-    def dispatch(self, x: Tensor) -> Tensor | Sent:
+    def dispatch(self, x: Tensor, context: Context) -> Tensor | Sent:
         """Send the normed tokens to their experts."""
-        return self.mlp.dispatch(self.post_attention_layernorm(x))
+        return self.mlp.dispatch(self.post_attention_layernorm(x), context.capacity)
 
     def experts(self, sent: Tensor | Sent) -> Tensor:
         """Run the experts on what arrived."""
@@ -81,5 +90,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Choice | None]:
         x = self.attention(x, context)
-        sent = self.dispatch(x)
+        sent = self.dispatch(x, context)
         return self.combine(x, sent, self.experts(sent))

@@ -118,6 +118,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int and value < 0:
                 raise InputError(f"{field.name}={value} is negative -> use 0 or more")
+        if not self.num_hidden_layers:
+            raise InputError("num_hidden_layers=0 -> use 1 or more")
         if self.n_routed_experts:
             self._check_experts()
         elif self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers:

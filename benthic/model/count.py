@@ -49,7 +49,9 @@ def parameters(c: ModelConfig) -> Parameters:
         + c.num_hidden_layers * layer
         + dense_layers * 3 * c.hidden_size * c.intermediate_size
     )
-    module = layer + moe_parameters(c, c.n_routed_experts) + 2 * c.hidden_size**2 + 3 * c.hidden_size
+    module = layer + moe_parameters(c, c.n_routed_experts) + c.hidden_size
+    if c.mtp_type == "sequential":
+        module += 2 * c.hidden_size**2 + 2 * c.hidden_size  # eh_proj and the norms before it
     return Parameters(
         total=fixed + c.moe_layers * moe_parameters(c, c.n_routed_experts),
         active=fixed + c.moe_layers * moe_parameters(c, c.num_experts_per_tok),
@@ -85,7 +87,8 @@ def training_flops_per_token(c: ModelConfig, sequence_length: int) -> int:
     """Forward and backward of the main model and its MTP modules: 6 per active parameter outside the embedding
     (head included, once per prediction depth), plus causal attention."""
     p = parameters(c)
-    layer_active = attention_parameters(c) + moe_parameters(c, c.num_experts_per_tok) + 2 * c.hidden_size**2
+    layer_active = attention_parameters(c) + moe_parameters(c, c.num_experts_per_tok)
+    layer_active += 2 * c.hidden_size**2 if c.mtp_type == "sequential" else 0
     head = c.vocab_size * c.hidden_size
     embedding = 0 if c.tie_word_embeddings else head  # looked up, not multiplied
     weights = p.active - embedding + c.num_nextn_predict_layers * (layer_active + head)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benthic.model.capacity import Capacity
 from benthic.model.gate import Choice
 from benthic.model.linear import Linear
 
@@ -22,8 +23,8 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def dispatch(self, x: Tensor) -> Tensor:
-        """Nothing to send: every token stays."""
+    def dispatch(self, x: Tensor, capacity: Capacity | None = None) -> Tensor:
+        """Nothing to send: every token stays, and there is room for all."""
         return x
 
     def experts(self, sent: Tensor) -> Tensor:

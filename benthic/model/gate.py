@@ -15,13 +15,31 @@ from benthic.model.config import ModelConfig
 
 @dataclass
 class Choice:
-    """scores [N, E] affinities s, topk_ids [N, K] chosen experts, weights [N, K] gate values g."""
+    """scores [N, E] affinities s, topk_ids [N, K] chosen experts, weights [N, K] gate values g.
+
+    kept [N, K] is false for copies that were dropped for want of room, None where nothing can be dropped.
+    """
 
     scores: Tensor
     topk_ids: Tensor
     weights: Tensor
+    kept: Tensor | None = None
 
 
+TEMPERATURE = 0.07  # divides cosines, which would else lie too close together for a softmax or sigmoid to tell apart
+
+
+def dot(x: Tensor, centroids: Tensor) -> Tensor:
+    """x [N, d], centroids [E, d] -> u e_i [N, E], as in the papers."""
+    return F.linear(x, centroids)
+
+
+def cosine(x: Tensor, centroids: Tensor) -> Tensor:
+    """x [N, d], centroids [E, d] -> their angles' cosines over the temperature [N, E]: norms play no part."""
+    return F.linear(F.normalize(x, dim=-1), F.normalize(centroids, dim=-1)) / TEMPERATURE
+
+
+LIKENESS = {"dot": dot, "cosine": cosine}
 AFFINITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(-1),  # over the routed experts
@@ -38,7 +56,7 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.affinity = AFFINITIES[config.scoring_func]
+        self.likeness, self.affinity = LIKENESS[config.gate_affinity], AFFINITIES[config.scoring_func]
         biased = config.topk_method == "noaux_tc"
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -54,7 +72,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Choice:
         c = self.config
-        scores = self.affinity(F.linear(x.float(), self.weight.float()))  # [N, E] s, V3 Eq 15; V2 Eq 22
+        scores = self.affinity(self.likeness(x.float(), self.weight.float()))  # [N, E] s, V3 Eq 15; V2 Eq 22
         with torch.no_grad():
             bias = self.e_score_correction_bias
             topk_ids = node_limited_top_k(scores if bias is None else scores + bias, c)  # V3 Eq 16

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benthic.model.capacity import Capacity
 from benthic.model.config import ModelConfig
 from benthic.model.ffn import FFN
 from benthic.model.gate import Choice, Gate
@@ -45,15 +46,17 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, dispatcher: Dispatcher):
         super().__init__()
-        self.dispatcher, self.n_experts = dispatcher, config.n_routed_experts
+        self.dispatcher, self.n_experts, self.n_devices = dispatcher, config.n_routed_experts, config.n_group
         self.gate = Gate(config)
         self.routed_experts = Experts(config)
         self.shared_experts = FFN(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
-    def dispatch(self, x: Tensor) -> Sent:
+    def dispatch(self, x: Tensor, capacity: Capacity | None = None) -> Sent:
         flat = x.reshape(-1, x.shape[-1])  # [N, d]
         choice = self.gate(flat)
-        return Sent(x, choice, self.dispatcher.dispatch(flat, choice.topk_ids, self.n_experts))
+        if capacity is not None:
+            choice.kept = capacity.kept(choice, self.n_devices)
+        return Sent(x, choice, self.dispatcher.dispatch(flat, choice.topk_ids, self.n_experts, choice.kept))
 
     def experts(self, sent: Sent) -> Tensor:
         return self.routed_experts(sent.routed.x, sent.routed.offs)

@@ -3,17 +3,29 @@
 Letters: B rows, T tokens, d hidden, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benthic.model.block import Block, Context
 from benthic.model.cache import CacheView
+from benthic.model.capacity import Capacity
 from benthic.model.config import ModelConfig
 from benthic.model.gate import Choice, Gate
 from benthic.model.linear import Linear, RMSNorm
-from benthic.model.mtp import MTP
+from benthic.model.mtp import MODULES
 from benthic.parallel.dispatch import Dispatcher, LocalDispatcher
+
+
+@dataclass
+class Trunk:
+    """A pass that has come to the last layer: x [B, T, d] before it, the choices so far, and what layers share."""
+
+    x: Tensor
+    choices: list[Choice]
+    context: Context
 
 
 class Transformer(nn.Module):
@@ -31,7 +43,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleList(MTP(config, k, dispatcher) for k in range(config.num_nextn_predict_layers))
+        module = MODULES[config.mtp_type]
+        self.mtp = nn.ModuleList(module(config, k, dispatcher) for k in range(config.num_nextn_predict_layers))
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> [B, T, d] in the compute dtype."""
@@ -48,13 +61,32 @@ class Transformer(nn.Module):
 
         With a cache view the pass is absorbed and cached (positions [B, T] required); otherwise expanded and causal.
         """
-        context = Context.of(self.config, ids, positions, segments, cache)
+        return self.top(self.trunk(ids, positions, segments, cache))
+
+    def trunk(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: CacheView | None = None,
+        capacity: Capacity | None = None,
+    ) -> Trunk:
+        """All layers but the last, as `hidden` would run them. `capacity` bounds the experts' work, in training."""
+        context = Context.of(self.config, ids, positions, segments, cache, capacity)
         x, choices = self.embed(ids), []
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x, choice = layer(x, context)
-            if choice is not None:
-                choices.append(choice)
-        return self.norm(x), choices
+            choices += [] if choice is None else [choice]
+        return Trunk(x, choices, context)
+
+    def top(self, trunk: Trunk) -> tuple[Tensor, list[Choice]]:
+        """The last layer and the final norm: what `hidden` returns."""
+        x, choice = self.layers[-1](trunk.x, trunk.context)
+        return self.norm(x), trunk.choices + ([] if choice is None else [choice])
+
+    def mtp_input(self, trunk: Trunk, hidden: Tensor) -> Tensor:
+        """What the first prediction module reads [B, T, d]."""
+        return hidden if self.config.mtp_type == "sequential" else trunk.x
 
     def mtp_hidden(
         self,
@@ -64,10 +96,11 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         cache: CacheView | None = None,
         depth: int = 0,
+        capacity: Capacity | None = None,
     ) -> tuple[Tensor, Choice | None]:
-        """hidden [B, T, d] of the depth before, next_ids [B, T] = t_{i+1+depth} -> hidden states whose logits
-        predict t_{i+2+depth}."""
-        context = Context.of(self.config, next_ids, positions, segments, cache)
+        """hidden [B, T, d] of the depth before (parallel heads: of the trunk), next_ids [B, T] = t_{i+1+depth} ->
+        hidden states whose logits predict t_{i+2+depth}."""
+        context = Context.of(self.config, next_ids, positions, segments, cache, capacity)
         return self.mtp[depth](hidden, self.embed(next_ids), context)
 
     def logits(self, hidden: Tensor) -> Tensor:

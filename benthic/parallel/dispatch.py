@@ -15,21 +15,23 @@ class Routed:
     """Token copies sorted by expert.
 
     x     [N*K, d]  one row per (token, chosen expert), grouped by expert
-    offs  [E] int32 cumulative end of each expert's rows
+    offs  [E] int32 cumulative end of each expert's rows; dropped copies lie after the last
     order [N*K]     row i of `x` came from flat choice `order[i]` = token * K + k
     back  [N*K]     inverse of `order`: flat choice j is row `back[j]` of `x`
+    live  [N*K, 1]  rows that some expert computes, None where that is all of them
     """
 
     x: Tensor
     offs: Tensor
     order: Tensor
     back: Tensor
+    live: Tensor | None = None
 
 
 class Dispatcher(Protocol):
     """Scatter tokens to experts, gather expert outputs back to tokens."""
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, n_experts: int) -> Routed: ...
+    def dispatch(self, x: Tensor, topk_ids: Tensor, n_experts: int, kept: Tensor | None = None) -> Routed: ...
 
     def combine(self, y: Tensor, routed: Routed, weights: Tensor) -> Tensor: ...
 
@@ -56,18 +58,24 @@ class _Gather(torch.autograd.Function):
 class LocalDispatcher:
     """All experts on this device: a stable sort there, a gather-reduce back. Runs repeat bit for bit."""
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, n_experts: int) -> Routed:
-        """x [N, d], topk_ids [N, K] -> Routed. Exact-size buffers: no row is ever uninitialised."""
+    def dispatch(self, x: Tensor, topk_ids: Tensor, n_experts: int, kept: Tensor | None = None) -> Routed:
+        """x [N, d], topk_ids [N, K], kept [N, K] or None for all -> Routed. No host waits for a count."""
         k = topk_ids.shape[1]
-        flat = topk_ids.reshape(-1)  # [N*K]
+        flat = (topk_ids if kept is None else topk_ids.masked_fill(~kept, n_experts)).reshape(-1)  # [N*K]
         order = flat.argsort(stable=True)  # [N*K]
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=x.device)
-        offs = torch.bincount(flat, minlength=n_experts).cumsum(0).to(torch.int32)  # [E]
-        return Routed(_Gather.apply(x, order // k, back, k), offs, order, back)  # type: ignore[arg-type]
+        offs = torch.bincount(flat, minlength=n_experts)[:n_experts].cumsum(0).to(torch.int32)  # [E]
+        rows: Tensor = _Gather.apply(x, order // k, back, k)  # type: ignore[assignment]
+        if kept is None:
+            return Routed(rows, offs, order, back)
+        live = (torch.arange(len(order), device=x.device) < offs[-1]).unsqueeze(1)
+        return Routed(rows.where(live, 0), offs, order, back, live)  # what no expert reads gets no gradient either
 
     def combine(self, y: Tensor, routed: Routed, weights: Tensor) -> Tensor:
         """y [N*K, d] expert outputs, weights [N, K] -> weighted sum per token [N, d]."""
         n, k = weights.shape
+        if routed.live is not None:  # grouped products leave the other rows uninitialised
+            y = y.where(routed.live, 0)
         y = _Gather.apply(y, routed.back, routed.order, 1)  # type: ignore[assignment]
         return torch.einsum("nkd,nk->nd", y.unflatten(0, (n, k)), weights.to(y.dtype))

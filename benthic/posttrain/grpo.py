@@ -48,6 +48,10 @@ class PolicyGradient:
     def __init__(self, config: GRPOConfig, settings: TrainConfig):
         self.config, self.settings = config, settings
 
+    def targets(self, model: Transformer, batch: Batch) -> Tensor:
+        """Labels in these rows; the loss itself is weighted by `batch.extra["weights"]`."""
+        return batch.targets()
+
     def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
         hidden, choices = model.hidden(batch.ids, batch.positions, batch.segments)
         logprobs, at = label_logprobs(hidden, model.head, batch.labels)

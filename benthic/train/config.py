@@ -46,8 +46,18 @@ class TrainConfig:
     """Weight of V2's device-level loss, alpha_2; the expert groups are the devices."""
     communication_balance_loss_weight: float = 0.0
     """Weight of V2's communication loss, alpha_3."""
+    importance_loss_weight: float = 0.0
+    """Weight of the squared deviation of the experts' summed gate values from their mean, over a micro-batch."""
     bias_update_speed: float = 1e-3
     """Step of the gate bias, gamma; 0 switches the auxiliary-loss-free balancing off."""
+    bias_update_rule: Literal["sign", "proportional"] = "sign"
+    """Whether an expert's bias moves by gamma, or by gamma times how far its load is from the mean."""
+    bias_update_until: float = 1.0
+    """Share of the stage's updates after which the bias rests (V3: 14.3 of 14.8 trillion tokens)."""
+    expert_capacity_factor: float = 0.0
+    """Token dropping: what the experts of one group may compute, in even shares (V2: 1.0); 0 drops nothing."""
+    undropped_sequences: float = 0.1
+    """Token dropping: share of sequences that never lose a token (V2)."""
     spike_factor: float = 20.0
     """Skip an update whose gradient norm exceeds this many times its running mean (and the clip)."""
     max_skipped_steps: int = 10
@@ -74,6 +84,9 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm", "spike_factor"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} -> use a value above 0")
+        for name in ("bias_update_until", "undropped_sequences"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} -> use a share from 0 to 1")
         if self.save_total_limit < 2:
             raise InputError(f"save_total_limit={self.save_total_limit} -> use 2 or more")
         if self.per_device_train_batch_size % self.gradient_accumulation_steps:

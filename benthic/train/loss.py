@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.batch import IGNORE, Batch
-from benthic.model.balance import Balance, chosen_experts, expert_load, sequence_balance_loss
+from benthic.model.balance import Balance, chosen_experts, expert_load, importance_loss, sequence_balance_loss
+from benthic.model.capacity import Capacity
 from benthic.model.gate import Choice
 from benthic.model.transformer import Transformer
 from benthic.train.config import TrainConfig
@@ -93,30 +94,52 @@ def shifted_labels(batch: Batch, depth: int) -> Tensor:
 
 
 class LanguageModelling:
-    """-1/T sum log p of the labels (V3 Eq 24-25 with the main loss): the objective of pretraining and of SFT."""
+    """Mean -log p of the labels, and of each prediction depth's own labels: the objective of pretraining and of SFT.
+
+    V3 Eq 24 divides every depth by the T of the main loss, though depth k has k labels fewer in each document; dividing
+    by its own number keeps depths, and documents of different lengths, comparable.
+    """
 
     def __init__(self, config: TrainConfig):
         self.config = config
 
+    def targets(self, model: Transformer, batch: Batch) -> Tensor:
+        """Labels of the main loss and of each depth [1 + D]."""
+        return torch.stack([(shifted_labels(batch, k) != IGNORE).sum() for k in range(1 + len(model.mtp))])
+
     def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
-        """`targets` is the number of labels in the whole step, over micro-batches and processes: the divisor T."""
-        hidden, choices = model.hidden(batch.ids, batch.positions, batch.segments)
-        head = model.head
-        loss = -label_logprobs(hidden, head, batch.labels)[0].sum() / targets
+        """`targets` are the numbers of labels in the whole step, over micro-batches and processes: the divisors."""
+        capacity = self.capacity(batch)
+        trunk = model.trunk(batch.ids, batch.positions, batch.segments, capacity=capacity)
+        hidden, choices = model.top(trunk)
+        head, state = model.head, model.mtp_input(trunk, hidden)
+        loss = -label_logprobs(hidden, head, batch.labels)[0].sum() / targets[0]
         mtp_loss = torch.zeros_like(loss)
         depths = len(model.mtp) if self.config.mtp_loss_weight else 0
         for depth in range(depths):
-            hidden, choice = model.mtp_hidden(
-                hidden, next_ids(batch, depth), batch.positions, batch.segments, depth=depth
+            ahead, choice = model.mtp_hidden(
+                state, next_ids(batch, depth), batch.positions, batch.segments, depth=depth, capacity=capacity
             )
-            labels = shifted_labels(batch, depth + 1)
-            mtp_loss = mtp_loss - label_logprobs(hidden, head, labels)[0].sum() / (targets * depths)  # V3 Eq 24
-            if choice is not None:
-                choices.append(choice)
-        balance, balances = balance_losses(self.config, model, choices, batch, targets)
+            state = model.mtp_input(trunk, ahead)
+            logprobs, _ = label_logprobs(ahead, head, shifted_labels(batch, depth + 1))
+            mtp_loss = mtp_loss - logprobs.sum() / (targets[depth + 1].clamp(min=1) * depths)  # V3 Eq 24
+            choices += [] if choice is None else [choice]
+        balance, balances = balance_losses(self.config, model, choices, batch, targets[0])
         total = loss + self.config.mtp_loss_weight * mtp_loss + balance  # V3 Eq 25
         metrics = {"loss": loss.detach(), "mtp_loss": mtp_loss.detach(), **balances}
+        if capacity is not None and choices:
+            metrics["dropped_copies"] = torch.stack([dropped(choice, capacity) for choice in choices]).sum()
         return Outcome(total, metrics, loads(model, choices, batch))
+
+    def capacity(self, batch: Batch) -> Capacity | None:
+        """What the experts of one device may compute, and which rows never lose a token; None drops nothing."""
+        if not self.config.expert_capacity_factor:
+            return None
+        rows, length = batch.ids.shape
+        spared = torch.rand(rows, device=batch.ids.device) < self.config.undropped_sequences
+        valid = None if batch.segments is None else batch.segments.reshape(-1) > 0
+        factor = self.config.expert_capacity_factor
+        return Capacity(factor=factor, protected=spared.repeat_interleave(length), valid=valid)
 
 
 def balance_losses(
@@ -136,6 +159,7 @@ def balance_losses(
         "expert_balance_loss": settings.expert_balance_loss_weight,
         "device_balance_loss": settings.device_balance_loss_weight,
         "communication_balance_loss": settings.communication_balance_loss_weight,
+        "importance_loss": settings.importance_loss_weight,
     }
     terms: dict[str, Callable[[Choice], Tensor]] = {
         "balance_loss": lambda c: share * sequence_balance_loss(c, shape, valid),
@@ -145,6 +169,7 @@ def balance_losses(
         "communication_balance_loss": lambda c: (
             share * Balance.of(c, chosen_experts(c), shape, valid).communication(groups, reach)
         ),
+        "importance_loss": lambda c: share.sum() * importance_loss(c, valid),
     }
     none = torch.zeros((), device=batch.ids.device)
     used = [name for name, weight in weights.items() if weight or name == "balance_loss"]
@@ -160,3 +185,9 @@ def loads(model: Transformer, choices: list[Choice], batch: Batch) -> Tensor:
     for i, choice in enumerate(choices):
         load[i] = expert_load(choice, model.config.n_routed_experts, valid)
     return load
+
+
+def dropped(choice: Choice, capacity: Capacity) -> Tensor:
+    """Copies of tokens, without padding, that no expert computed in one layer."""
+    lost = ~choice.kept if choice.kept is not None else torch.zeros_like(choice.topk_ids, dtype=torch.bool)
+    return (lost if capacity.valid is None else lost & capacity.valid.unsqueeze(1)).sum()

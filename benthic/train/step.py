@@ -1,6 +1,6 @@
 """One forward and backward pass over a step's rows: the only seam for parallelism."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,17 @@ from benthic.base.batch import Batch
 from benthic.model.transformer import Transformer
 from benthic.train.loss import Outcome
 
-Objective = Callable[[Transformer, Batch, Tensor], Outcome]
+
+class Objective(Protocol):
+    """What a stage of training minimises."""
+
+    def targets(self, model: Transformer, batch: Batch) -> Tensor:
+        """The numbers that the loss divides by, for these rows alone; they add up over rows."""
+        ...
+
+    def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
+        """The contribution of these rows to the loss of a step whose divisors are `targets`."""
+        ...
 
 
 class Accumulate:
@@ -25,7 +35,7 @@ class Accumulate:
 
     def forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Leaves gradients in the parameters; returns (metrics of the whole step, expert load [gates, E])."""
-        targets = batch.targets()
+        targets = self.objective.targets(self.model, batch)
         dist.sum_([targets])
         metrics: dict[str, Tensor] = {}
         load = torch.zeros(())

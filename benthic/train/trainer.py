@@ -22,7 +22,7 @@ from benthic.base.errors import CheckpointError, Diverged, Interrupted
 from benthic.base.log import Run
 from benthic.base.signals import Stop
 from benthic.model import hf
-from benthic.model.balance import max_violation, update_bias
+from benthic.model.balance import device_load, max_violation, update_bias
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 from benthic.train import checkpoint
@@ -100,10 +100,16 @@ class Trainer:
         if self.sane(norm.item()):
             self.optimizer.step()
             for gate, counts in zip(self.model.gates(), load):
-                if gate.e_score_correction_bias is not None:
-                    update_bias(gate.e_score_correction_bias, counts, self.config.bias_update_speed)
+                if gate.e_score_correction_bias is not None and self.balancing:
+                    c = self.config
+                    update_bias(gate.e_score_correction_bias, counts, c.bias_update_speed, c.bias_update_rule)
         self.optimizer.zero_grad()
         return metrics | {"grad_norm": norm, "expert_load": load, "lr": torch.tensor(rate)}
+
+    @property
+    def balancing(self) -> bool:
+        """Whether the gate biases still move in this step."""
+        return self.steps <= self.config.max_steps * self.config.bias_update_until
 
     def sane(self, norm: float) -> bool:
         """Whether to apply an update with this gradient norm. All processes see the same norm, so all agree.
@@ -138,7 +144,9 @@ class Trainer:
         main = load[: self.model.config.moe_layers]
         values |= {"tokens": self.tokens, "skipped": self.skipped, "expert_load": main.tolist()}
         if len(main) and main.sum():
+            devices = device_load(main, self.model.config.n_group)
             values["max_violation"] = max_violation(main).mean().item()
+            values |= {"device_load": devices.tolist(), "device_max_violation": max_violation(devices).mean().item()}
         return values
 
     def save_if_due(self) -> None:

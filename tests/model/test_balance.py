@@ -5,7 +5,9 @@ from torch import Tensor
 from benthic.model.balance import (
     Balance,
     chosen_experts,
+    device_load,
     expert_load,
+    importance_loss,
     max_violation,
     sequence_balance_loss,
     update_bias,
@@ -226,3 +228,71 @@ def test_by_the_chosen_experts_and_by_unbiased_scores_differ_when_a_bias_chose(s
     choice = choice_of(scores)
     chosen = Balance.of(choice, chosen_experts(choice), (B, T), None).experts(K)
     assert (chosen < sequence_balance_loss(choice, (B, T), None)).all()  # the worst were chosen
+
+
+def test_the_importance_loss_is_the_squared_coefficient_of_variation(scores: Tensor) -> None:
+    choice = choice_of(scores)
+    importance = [0.0] * E
+    for ids, weights in zip(choice.topk_ids.tolist(), choice.weights.tolist()):
+        for i, g in zip(ids, weights):
+            importance[i] += g
+    mean = sum(importance) / E
+    expected = sum((x - mean) ** 2 for x in importance) / E / mean**2
+    assert importance_loss(choice, None).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_importance_loss_leaves_padding_out_and_is_zero_when_all_are_equally_important(scores: Tensor) -> None:
+    valid = torch.arange(B * T) < 10
+    alone = choice_of(scores.reshape(1, -1, E)[:, :10])
+    torch.testing.assert_close(importance_loss(choice_of(scores), valid), importance_loss(alone, None))
+    even = Choice(torch.full((4, 4), 0.25), torch.arange(4).unsqueeze(1), torch.ones(4, 1))
+    assert importance_loss(even, None) == 0
+
+
+def test_the_importance_loss_pulls_gate_values_of_the_important_down() -> None:
+    weights = torch.tensor([[0.9], [0.9], [0.1]], requires_grad=True)
+    choice = Choice(torch.full((3, 2), 0.5), torch.tensor([[0], [0], [1]]), weights)
+    (slope,) = torch.autograd.grad(importance_loss(choice, None), weights)
+    assert (slope[:2] > 0).all()
+    assert slope[2] < 0
+
+
+def test_the_proportional_rule_moves_a_bias_by_how_far_its_load_is_from_the_mean() -> None:
+    load = torch.tensor([40, 20, 0, 20])
+    signed, proportional = torch.zeros(4), torch.zeros(4)
+    update_bias(signed, load, 0.5)
+    update_bias(proportional, load, 0.5, "proportional")
+    assert signed.tolist() == [-0.5, 0.0, 0.5, 0.0]
+    assert proportional.tolist() == [-0.5, 0.0, 0.5, 0.0]  # e / mean = -1, 0, 1, 0
+    update_bias(proportional, torch.tensor([30, 20, 10, 20]), 0.5, "proportional")
+    assert proportional.tolist() == [-0.75, 0.0, 0.75, 0.0]
+    update_bias(proportional, torch.zeros(4, dtype=torch.int64), 0.5, "proportional")  # a gate that did not run
+    assert proportional.tolist() == [-0.75, 0.0, 0.75, 0.0]
+
+
+def test_device_load_sums_neighbouring_experts() -> None:
+    load = torch.tensor([[1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 6]])
+    assert device_load(load, 3).tolist() == [[3, 7, 11], [0, 0, 6]]
+    assert max_violation(device_load(load, 3)).tolist() == pytest.approx([11 / 7 - 1, 2.0])
+
+
+def test_recomputing_activations_does_not_count_tokens_twice(model) -> None:
+    """Loads come from the choices that the forward pass returns, not from a counter in the gate."""
+    from torch.utils.checkpoint import checkpoint
+
+    from benthic.model.block import Context
+
+    ids = torch.arange(12).view(2, 6)
+    context = Context.of(model.config, ids, None, None, None)
+    x = model.embed(ids).detach().requires_grad_()
+    runs = 0
+
+    def block(x: Tensor) -> tuple[Tensor, Choice]:
+        nonlocal runs
+        runs += 1
+        return model.layers[-1](x, context)
+
+    out, choice = checkpoint(block, x, use_reentrant=False)  # type: ignore[misc]
+    out.sum().backward()
+    assert runs == 2
+    assert expert_load(choice, model.config.n_routed_experts, None).sum() == 12 * model.config.num_experts_per_tok

@@ -187,3 +187,24 @@ def test_the_bias_is_no_parameter_and_gets_no_gradient(model: Transformer) -> No
     gate(torch.randn(4, model.config.hidden_size)).weights.sum().backward()
     assert gate.weight.grad is not None
     assert not gate.e_score_correction_bias.requires_grad
+
+
+def test_the_cosine_affinity_is_the_angle_between_token_and_centroid() -> None:
+    gate = gate_of(dataclasses.replace(CONFIG, gate_affinity="cosine"))
+    x = tokens(5)
+    for token, scores in zip(x, gate(x).scores):
+        for e, centroid in enumerate(gate.weight):
+            angle = (token @ centroid / (token.norm() * centroid.norm())).item()
+            assert scores[e].item() == pytest.approx(torch.tensor(angle / 0.07).sigmoid().item(), abs=1e-5)
+
+
+def test_the_cosine_affinity_is_blind_to_the_length_of_tokens_and_centroids_and_the_dot_product_is_not() -> None:
+    changed = {}
+    for affinity in ("cosine", "dot"):
+        gate, x = gate_of(dataclasses.replace(CONFIG, gate_affinity=affinity)), tokens(20)
+        before = gate(x).scores
+        with torch.no_grad():
+            gate.weight[3] *= 5
+        changed[affinity] = (gate(3 * x).scores - before).abs().max().item()
+    assert changed["cosine"] < 1e-4
+    assert changed["dot"] > 0.1

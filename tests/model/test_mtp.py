@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from benthic.base.batch import IGNORE, Batch
+from benthic.base.errors import InputError
+from benthic.inference.config import EngineConfig
+from benthic.inference.engine import Engine
+from benthic.model import count, hf
 from benthic.model.block import Context
 from benthic.model.config import ModelConfig
+from benthic.model.gate import Gate
+from benthic.model.mtp import paper_order
 from benthic.model.transformer import Transformer
 from benthic.train.config import TrainConfig
 from benthic.train.loss import LanguageModelling, next_ids, shifted_labels
@@ -161,7 +167,8 @@ def mtp_loss(model: Transformer, batch: Batch) -> float:
         mtp_loss_weight=0.5,
         balance_loss_weight=0.0,
     )
-    return LanguageModelling(config)(model, batch, batch.targets()).metrics["mtp_loss"].item()
+    objective = LanguageModelling(config)
+    return objective(model, batch, objective.targets(model, batch)).metrics["mtp_loss"].item()
 
 
 @torch.no_grad()
@@ -169,7 +176,7 @@ def mtp_loss(model: Transformer, batch: Batch) -> float:
 def test_the_objective_chains_the_modules_from_the_normed_hidden_state(
     tiny: ModelConfig, build: Callable[..., Transformer], depths: int
 ) -> None:
-    """V3 Eq 24-25 by hand: mean over depths, divisor T for every depth, h^0 after the final norm."""
+    """V3 Eq 24-25 by hand: mean over depths, each over its own tokens, h^0 after the final norm."""
     model, batch = build(dataclasses.replace(tiny, num_nextn_predict_layers=depths)), stream(2, 10)
     row = torch.cat((batch.ids, batch.labels[:, -1:]), 1)  # [B, T + 1]
     hidden, total = model.hidden(batch.ids)[0], 0.0
@@ -178,5 +185,73 @@ def test_the_objective_chains_the_modules_from_the_normed_hidden_state(
         filler = torch.zeros(2, k - 1, dtype=torch.int64)
         hidden = model.mtp_hidden(hidden, torch.cat((row[:, k:], filler), 1), depth=k - 1)[0]
         logprobs = model.logits(hidden)[:, :length].log_softmax(-1)
-        total -= logprobs.gather(2, row[:, k + 1 :].unsqueeze(2)).sum().item() / (20 * depths)
+        total -= logprobs.gather(2, row[:, k + 1 :].unsqueeze(2)).sum().item() / (2 * length * depths)
     assert mtp_loss(model, batch) == pytest.approx(total, rel=1e-5)
+
+
+@torch.no_grad()
+def test_paper_order_turns_eh_proj_into_the_printed_projection_and_back(model: Transformer) -> None:
+    """V3 Eq 21 multiplies M_k with [RMSNorm(h); RMSNorm(Emb)]; the released weight takes them the other way round."""
+    module, generator = model.mtp[0], torch.Generator().manual_seed(0)
+    h, emb = torch.randn(2, 3, model.config.hidden_size, generator=generator).unbind(0)
+    released = module.eh_proj(torch.cat((emb, h), -1))
+    printed = torch.cat((h, emb), -1) @ paper_order(module.eh_proj.weight).T
+    torch.testing.assert_close(released, printed)
+    assert torch.equal(paper_order(paper_order(module.eh_proj.weight)), module.eh_proj.weight)
+
+
+PARALLEL = {"mtp_type": "parallel", "num_nextn_predict_layers": 2}
+
+
+@torch.no_grad()
+def test_parallel_heads_read_the_trunk_alone(tiny: ModelConfig, build: Callable[..., Transformer]) -> None:
+    """Gloeckle et al. 2024: head k is one layer on the shared trunk, blind to the tokens in between."""
+    model, ids = build(dataclasses.replace(tiny, **PARALLEL)), ids_of(2, 7)
+    trunk = model.trunk(ids)
+    x = model.embed(ids)
+    for layer in model.layers[:-1]:
+        x, _ = layer(x, trunk.context)
+    assert torch.equal(trunk.x, x)
+    assert torch.equal(model.mtp_input(trunk, model.top(trunk)[0]), x)
+    for k, head in enumerate(model.mtp):
+        expected = head.shared_head.norm(head.block(x, trunk.context)[0])
+        found = [model.mtp_hidden(x, next_, depth=k)[0] for next_ in (ids, ids.flip(1))]
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[0], found[1])
+
+
+def test_parallel_heads_train_towards_tokens_two_and_three_ahead(
+    tiny: ModelConfig, build: Callable[..., Transformer]
+) -> None:
+    model, batch = build(dataclasses.replace(tiny, **PARALLEL)), stream(2, 10)
+    row = torch.cat((batch.ids, batch.labels[:, -1:]), 1)
+    with torch.no_grad():
+        trunk, total = model.trunk(batch.ids), 0.0
+        for k in (1, 2):
+            logprobs = model.logits(model.mtp_hidden(trunk.x, batch.ids, depth=k - 1)[0])[:, : 10 - k].log_softmax(-1)
+            total -= logprobs.gather(2, row[:, k + 1 :].unsqueeze(2)).mean().item() / 2
+    assert mtp_loss(model, batch) == pytest.approx(total, rel=1e-5)
+
+
+def test_parallel_heads_have_no_projection_and_are_counted_without(
+    tiny: ModelConfig, build: Callable[..., Transformer]
+) -> None:
+    config = dataclasses.replace(tiny, **PARALLEL)
+    model = build(config)
+    held = sum(p.numel() for p in model.mtp.parameters()) + sum(
+        g.e_score_correction_bias.numel() for m in model.mtp for g in m.modules() if isinstance(g, Gate)
+    )
+    assert (
+        held == count.parameters(config).mtp < count.parameters(dataclasses.replace(config, mtp_type="sequential")).mtp
+    )
+    assert not any("eh_proj" in name for name, _ in model.mtp.named_parameters())
+
+
+def test_parallel_heads_survive_a_round_trip_and_do_not_draft(tiny, build, tmp_path) -> None:
+    model = build(dataclasses.replace(tiny, **PARALLEL))
+    hf.write_model(tmp_path / "m", model, None)
+    again, _ = hf.load(tmp_path / "m", device="cpu")
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(InputError, match="num_speculative_tokens"):
+        Engine(again, None, EngineConfig(num_speculative_tokens=1))

@@ -187,6 +187,6 @@ def test_a_block_in_four_phases_equals_its_forward(model: Transformer) -> None:
     context = Context.of(model.config, ids_of(2, 5), None, None, None)
     for block in model.layers:
         halfway = block.attention(x, context)
-        sent = block.dispatch(halfway)
+        sent = block.dispatch(halfway, context)
         whole, _ = block(x, context)
         assert torch.equal(block.combine(halfway, sent, block.experts(sent))[0], whole)

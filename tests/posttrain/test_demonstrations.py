@@ -138,13 +138,14 @@ def test_packed_demonstrations_cost_what_they_cost_alone(tokenizer):
     model, source = policy(), _source(tokenizer)
     batch = next(source)
     objective = LanguageModelling(settings(balance_loss_weight=0.0))
-    packed = objective(model, batch, batch.targets())
+    targets = objective.targets(model, batch)
+    packed = objective(model, batch, targets)
     alone = {"loss": 0.0, "mtp_loss": 0.0}
     for ids, learned in _conversations(batch):
         labels = [ids[i + 1] if i + 1 in learned else IGNORE for i in range(len(ids))]
         one = Batch(torch.tensor([ids]), torch.tensor([labels]))
         for name in alone:
-            alone[name] += objective(model, one, batch.targets()).metrics[name].item()
+            alone[name] += objective(model, one, targets).metrics[name].item()
     for name, value in alone.items():
         assert packed.metrics[name].item() == pytest.approx(value, rel=1e-5)
 

@@ -69,6 +69,26 @@ def test_gate_biases_move_by_gamma_against_the_load_and_not_at_all_with_gamma_ze
     assert not any(gate.e_score_correction_bias.any() for gate in still.model.gates())
 
 
+def test_gate_biases_rest_after_their_share_of_the_updates(tmp_path):
+    constant = {"lr_scheduler_type": "constant", "bias_update_speed": 1.0}
+    whole, half = (
+        _fitted(tmp_path / str(until), max_steps=4, bias_update_until=until, **constant) for until in (1.0, 0.5)
+    )
+    parts = _fitted(tmp_path / "two", max_steps=2, **constant)
+    assert torch.equal(half.model.gates()[0].e_score_correction_bias, parts.model.gates()[0].e_score_correction_bias)
+    assert not torch.equal(
+        whole.model.gates()[0].e_score_correction_bias, half.model.gates()[0].e_score_correction_bias
+    )
+
+
+def test_the_load_of_devices_is_logged_beside_that_of_experts(tmp_path):
+    (row,) = logged(_fitted(tmp_path, max_steps=1))
+    size = MODEL.n_routed_experts // MODEL.n_group
+    (experts,), (devices,) = row["expert_load"], row["device_load"]
+    assert devices == [sum(experts[d * size : (d + 1) * size]) for d in range(MODEL.n_group)]
+    assert row["device_max_violation"] == pytest.approx(max(devices) * MODEL.n_group / sum(devices) - 1)
+
+
 def test_gradients_are_clipped_to_max_grad_norm(tmp_path):
     """With the rate of SGD-like first steps hidden by Adam, look at the gradient that the optimiser is given."""
     subject = trainer(tmp_path, settings(max_grad_norm=0.01))

@@ -8,6 +8,7 @@ from training_example import MODEL, Stream, fresh_model, settings
 
 from benthic.base.batch import IGNORE, Batch
 from benthic.model.config import ModelConfig
+from benthic.model.transformer import Transformer
 from benthic.train import loss as room
 from benthic.train.loss import LanguageModelling, label_logprobs, next_ids, shifted_labels, token_logprobs
 
@@ -132,7 +133,8 @@ def test_shifted_labels_stay_in_their_document():
 
 
 def _independent(model, batch: Batch, weight_mtp: float, weight_balance: float) -> torch.Tensor:
-    """V3 Eq 17-20 and 24-25 with loops over rows and tokens. Every document stands alone in its row here."""
+    """V3 Eq 17-20 and 24-25 with loops over rows and tokens, each depth divided by its own number of terms. Every
+    document stands alone in its row here."""
     hidden, choices = model.hidden(batch.ids)
     rows, length = batch.ids.shape
     divisor = rows * length  # T of every sequence, and the mean over sequences
@@ -152,7 +154,7 @@ def _independent(model, batch: Batch, weight_mtp: float, weight_balance: float) 
         for b in range(rows):
             for i in range(length - k):  # targets t_{2+k} .. t_{T+1}
                 loss = loss - model.logits(hidden[b, i]).log_softmax(-1)[stream[b, i + 1 + k]]
-        total = total + weight_mtp / depths * loss / divisor
+        total = total + weight_mtp / depths * loss / (rows * (length - k))
     for choice in choices:
         experts, top = MODEL.n_routed_experts, MODEL.num_experts_per_tok
         scores = choice.scores.view(rows, length, experts)
@@ -166,12 +168,16 @@ def _independent(model, batch: Batch, weight_mtp: float, weight_balance: float) 
     return total
 
 
+def run(objective: LanguageModelling, model: Transformer, batch: Batch):
+    return objective(model, batch, objective.targets(model, batch))
+
+
 @pytest.mark.parametrize("depths", [0, 1, 2])
 def test_the_objective_equals_the_papers_equations_in_loops(depths):
     model = fresh_model(ModelConfig(**{**vars(MODEL), "num_nextn_predict_layers": depths}))
     batch = Stream(rows=2, length=6).batch(0)
     objective = LanguageModelling(settings(mtp_loss_weight=0.3, balance_loss_weight=0.05))
-    outcome = objective(model, batch, batch.targets())
+    outcome = objective(model, batch, objective.targets(model, batch))
     expected = _independent(model, batch, 0.3, 0.05)
     torch.testing.assert_close(outcome.loss, expected, rtol=1e-6, atol=1e-6)
     names = [n for n, _ in model.named_parameters()]
@@ -181,29 +187,39 @@ def test_the_objective_equals_the_papers_equations_in_loops(depths):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_the_mtp_divisor_is_all_labels_although_fewer_are_summed():
-    model, batch = fresh_model(), Stream(rows=2, length=6).batch(0)
+@pytest.mark.parametrize("depths", [1, 3])
+def test_each_depth_is_divided_by_its_own_labels(depths):
+    model = fresh_model(ModelConfig(**{**vars(MODEL), "num_nextn_predict_layers": depths}))
+    batch = Stream(rows=2, length=6).batch(0)
+    batch.labels[1, 2:] = IGNORE
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every log-probability is -log V
-    outcome = LanguageModelling(settings())(model, batch, batch.targets())
+    outcome = run(LanguageModelling(settings()), model, batch)
     log_v = torch.tensor(64.0).log()
     torch.testing.assert_close(outcome.metrics["loss"], log_v)
-    torch.testing.assert_close(outcome.metrics["mtp_loss"], log_v * 5 / 6)  # T - 1 of T terms, V3 Eq 24
+    torch.testing.assert_close(outcome.metrics["mtp_loss"], log_v)  # by T as printed it would be less
+
+
+def test_a_batch_too_short_for_a_depth_costs_nothing_there():
+    model, batch = fresh_model(), Stream(rows=2, length=1).batch(0)
+    outcome = run(LanguageModelling(settings()), model, batch)
+    assert outcome.metrics["mtp_loss"] == 0
+    assert outcome.loss.isfinite()
 
 
 def test_expert_load_counts_every_token_of_every_gate_and_padding_of_none():
     model, batch = fresh_model(), Stream(rows=2, length=6).batch(0)
-    load = LanguageModelling(settings())(model, batch, batch.targets()).expert_load
+    load = run(LanguageModelling(settings()), model, batch).expert_load
     assert load.sum(1).tolist() == [2 * 6 * MODEL.num_experts_per_tok] * 2
     batch.segments = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
     batch.positions = torch.tensor([[0, 1, 2, 0, 0, 0]] * 2)
-    load = LanguageModelling(settings())(model, batch, batch.targets()).expert_load
+    load = run(LanguageModelling(settings()), model, batch).expert_load
     assert load.sum(1).tolist() == [2 * 3 * MODEL.num_experts_per_tok] * 2
 
 
 def test_without_mtp_weight_the_modules_do_not_run_and_their_gate_counts_nothing():
     model, batch = fresh_model(), Stream(rows=2, length=6).batch(0)
-    outcome = LanguageModelling(settings(mtp_loss_weight=0.0))(model, batch, batch.targets())
+    outcome = run(LanguageModelling(settings(mtp_loss_weight=0.0)), model, batch)
     outcome.loss.backward()
     assert all(p.grad is None for p in model.mtp.parameters())
     assert outcome.metrics["mtp_loss"] == 0
@@ -226,18 +242,25 @@ def test_packed_documents_cost_what_they_cost_alone():
         positions=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]),
         segments=torch.tensor([[1] * 5 + [2] * 4]),
     )
-    first, second = (objective(model, x, x.targets()) for x in (apart, packed))
+    first, second = (objective(model, x, objective.targets(model, x)) for x in (apart, packed))
     torch.testing.assert_close(first.loss, second.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(first.metrics["mtp_loss"], second.metrics["mtp_loss"], rtol=1e-6, atol=1e-6)
     assert torch.equal(first.expert_load[0], second.expert_load[0])  # the MTP gate also sees what follows a document
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_balance_loss", "expert_balance_loss", "device_balance_loss", "communication_balance_loss"]
+    "name",
+    [
+        "batch_balance_loss",
+        "expert_balance_loss",
+        "device_balance_loss",
+        "communication_balance_loss",
+        "importance_loss",
+    ],
 )
 def test_a_weighted_balance_loss_is_reported_and_added(name):
     model, batch = fresh_model(), Stream().batch(0)
-    targets = batch.targets()
+    targets = LanguageModelling(settings()).targets(model, batch)
     without = LanguageModelling(settings())(model, batch, targets)
     with_it = LanguageModelling(settings(**{f"{name}_weight": 0.5}))(model, batch, targets)
     assert name not in without.metrics

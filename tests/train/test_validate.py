@@ -54,6 +54,18 @@ def test_max_windows_reads_only_so_many_evenly_spread(monkeypatch):
     assert held_out_loss(fresh_model(), shards, 8, 2, max_windows=99)["heldout_tokens"] == 96  # type: ignore[arg-type]
 
 
+def test_the_violation_is_that_of_the_load_over_all_windows_not_a_mean_over_batches():
+    model, shards, length = fresh_model(), Tokens(65), 8
+    ids = torch.from_numpy(shards.ids.astype("int64"))[:64].view(8, length)
+    with torch.no_grad():
+        (choice,) = model.hidden(ids)[1]
+    load = torch.bincount(choice.topk_ids.reshape(-1), minlength=model.config.n_routed_experts).float()
+    expected = (load.max() / load.mean() - 1).item()
+    for rows in (1, 3, 8):
+        values = held_out_loss(model, shards, length, rows)  # type: ignore[arg-type]
+        assert values["heldout_max_violation"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_text_of_less_than_one_window_is_refused():
     with pytest.raises(InputError, match="8 held-out tokens are less than one window of 8"):
         held_out_loss(fresh_model(), Tokens(8), 8, 2)  # type: ignore[arg-type]

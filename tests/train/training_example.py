@@ -80,6 +80,9 @@ class Factored:
     def __init__(self, config: TrainConfig, noise: float = 0.0):
         self.plain, self.noise = LanguageModelling(config), noise
 
+    def targets(self, model: Transformer, batch: Batch) -> Tensor:
+        return self.plain.targets(model, batch)
+
     def __call__(self, model: Transformer, batch: Batch, targets: Tensor) -> Outcome:
         outcome = self.plain(model, batch, targets)
         scale = batch.extra["factor"][0, 0]
