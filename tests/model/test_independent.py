@@ -161,13 +161,7 @@ def test_the_papers_m_k_is_the_released_matrix_with_its_halves_exchanged(save: S
 
 
 def test_the_script_holds_the_published_numbers() -> None:
-    released = {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "mscale": 1,
-        "mscale_all_dim": 1,
-    }
+    released = dataclasses.asdict(dataclasses.replace(YARN, factor=40, original_max_position_embeddings=4096))
     assert reference.softmax_scale({"rope_scaling": released}, 192) * 192**0.5 == pytest.approx(1.873854, abs=1e-6)
     plain, scaled = (reference.frequencies({"rope_theta": 1e4, "rope_scaling": s}, 64) for s in (None, released))
     ratio = plain / scaled
