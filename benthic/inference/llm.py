@@ -9,11 +9,16 @@ from benthic.inference.engine import Engine
 from benthic.inference.request import Output
 from benthic.model.hf import load
 from benthic.tokenizer import chat
+from benthic.tokenizer.runs import Rendered
 from benthic.tokenizer.tokenizer import Tokenizer
 
 
 class LLM:
-    """A model and its tokenizer from a folder in the Hugging Face layout, ready to generate."""
+    """A model and its tokenizer from a folder in the Hugging Face layout, ready to generate.
+
+    `chat_template` replaces the folder's own: a name (v1, v2, v3, r1, v3.1) or the path of a Jinja file. One that the
+    tokenizer cannot render is an InputError before the weights are read.
+    """
 
     def __init__(
         self,
@@ -21,9 +26,15 @@ class LLM:
         *,
         device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        chat_template: str | Path = "",
         config: EngineConfig | None = None,
     ):
-        model, self.tokenizer = load(path, device=device, dtype=dtype)
+        chosen = None
+        if chat_template:
+            chosen = Tokenizer.load(path).with_template(chat_template)
+            chat.check(chosen)
+        model, own = load(path, device=device, dtype=dtype)
+        self.tokenizer = chosen or own
         self.engine = Engine(model, self.tokenizer, config)
 
     def generate(
@@ -42,12 +53,18 @@ class LLM:
         self,
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
         params: SamplingParams | list[SamplingParams] | None = None,
+        thinking: bool | None = None,
     ) -> list[Output]:
-        """Answer one conversation or several, each a list of {"role": ..., "content": ...}."""
+        """Answer one conversation or several, each a list of {"role": ..., "content": ...}.
+
+        `thinking` says whether to think first, where the chat template has the choice (V3.1); None is its own way.
+        """
         many: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
-        tokenizer = self._need_tokenizer("chat()")
-        prompts = [chat.render(one, tokenizer, add_generation_prompt=True).ids for one in many]
-        return self.engine.generate(prompts, params or SamplingParams())
+        return self.engine.generate([self.prompt(one, thinking).ids for one in many], params or SamplingParams())
+
+    def prompt(self, messages: list[dict[str, str]], thinking: bool | None = None) -> Rendered:
+        """What `chat` gives to the model for one conversation, and how the answer to it begins."""
+        return chat.render(messages, self._need_tokenizer("chat()"), add_generation_prompt=True, thinking=thinking)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):

@@ -18,10 +18,10 @@ def run(config: GenerateConfig) -> None:
         print("\n" * (i > 0) + prompt + output.text)
 
 
-def load(config: AnswerConfig, max_num_seqs: int) -> LLM:
+def load(config: AnswerConfig, max_num_seqs: int, chat_template: str = "") -> LLM:
     """The model that the options name, with room for so many requests at once."""
     engine = EngineConfig(max_num_seqs=max_num_seqs)
-    return LLM(config.model, device=config.device, dtype=config.dtype, config=engine)
+    return LLM(config.model, device=config.device, dtype=config.dtype, chat_template=chat_template, config=engine)
 
 
 def sampling(config: AnswerConfig) -> SamplingParams:

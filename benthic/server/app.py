@@ -27,6 +27,8 @@ from benthic.server.config import ServeConfig
 from benthic.server.listener import Server, bind, url
 from benthic.server.protocol import ApiError, dump
 from benthic.server.worker import Worker
+from benthic.tokenizer import chat
+from benthic.tokenizer.templates import THINKS
 
 log = logging.getLogger("benthic.server")
 
@@ -39,24 +41,32 @@ def serve(config: ServeConfig) -> None:
     key = read_key(config)
     listener = bind(config.host, config.port)
     try:
-        limits = EngineConfig(max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len)
-        llm = LLM(config.model, device=config.device, dtype=config.dtype, config=limits)
-        if llm.tokenizer is None:
-            raise InputError(
-                f"{config.model} has no tokenizer.json -> add the tokenizer that the model was trained with"
-            )
-        worker = Worker(llm.engine, config.max_num_seqs + config.max_queued_requests)
-        service = Service(
-            name=config.name, tokenizer=llm.tokenizer, worker=worker, max_model_len=llm.engine.config.max_model_len
-        )
-        server = Server(build(service, config.host, key), worker, config.shutdown_timeout)
-        worker.run()
+        service = _service(config)
+        server = Server(build(service, config.host, key), service.worker, config.shutdown_timeout)
+        service.worker.run()
         print(f"{config.name} is served at {url(listener)}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
-        worker.join(timeout=5)
+        service.worker.join(timeout=5)
     finally:
         listener.close()
     raise Interrupted(server.signal, f"{signal.Signals(server.signal).name}: the server has closed")
+
+
+def _service(config: ServeConfig) -> Service:
+    """The model, ready to chat. InputError where its chat template cannot be used with its tokenizer."""
+    limits = EngineConfig(max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len)
+    llm = LLM(config.model, device=config.device, dtype=config.dtype, chat_template=config.chat_template, config=limits)
+    if llm.tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer.json -> add the tokenizer that the model was trained with")
+    thinking = THINKS[config.thinking]
+    chat.check(llm.tokenizer, thinking)
+    return Service(
+        name=config.name,
+        tokenizer=llm.tokenizer,
+        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests),
+        max_model_len=llm.engine.config.max_model_len,
+        thinking=thinking,
+    )
 
 
 def build(service: Service, host: str, key: str) -> Gate:

@@ -19,6 +19,7 @@ from benthic.server.protocol import DONE, ApiError, ChatRequest, Reply, dump, ev
 from benthic.server.worker import Stream, Worker
 from benthic.tokenizer import chat
 from benthic.tokenizer.stream import TextStream
+from benthic.tokenizer.templates import ThinkingRefused
 from benthic.tokenizer.tokenizer import Tokenizer
 
 
@@ -30,12 +31,16 @@ class Service:
     tokenizer: Tokenizer
     worker: Worker
     max_model_len: int
+    thinking: bool | None = None  # where a request leaves it open; None: the chat template's own way
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def prepare(self, ask: ChatRequest) -> Generation:
         """Render the conversation, in a thread because a long one takes a while. ApiError 400 where it does not fit."""
+        thinking = self.thinking if ask.thinking is None else ask.thinking
         try:
-            prompt = await asyncio.to_thread(chat.render, list(ask.messages), self.tokenizer, True)
+            prompt = await asyncio.to_thread(chat.render, list(ask.messages), self.tokenizer, True, thinking)
+        except ThinkingRefused as error:
+            raise ApiError(400, str(error), param="chat_template_kwargs.thinking") from error
         except InputError as error:
             raise ApiError(400, str(error), param="messages") from error
         room = min(self.max_model_len - len(prompt.ids), int(LIMITS["max_tokens"].high))

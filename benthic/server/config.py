@@ -30,6 +30,10 @@ class ServeConfig:
     """auto: cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; auto takes what the model's config.json names."""
+    chat_template: str = ""
+    """Chat format: a name (v1, v2, v3, r1, v3.1) or the path of a Jinja file; empty takes the model's own."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the model thinks first where a request leaves it open and the format has the choice (v3.1)."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens; 0 takes the model's max_position_embeddings."""
     max_num_seqs: int = 256

@@ -13,7 +13,8 @@ from benthic.server.limits import LIMITS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 READ = frozenset(
-    "model messages stream stream_options max_tokens max_completion_tokens temperature top_p seed stop n".split()
+    "model messages stream stream_options max_tokens max_completion_tokens temperature top_p seed stop n "
+    "chat_template_kwargs".split()
 )
 # They do not change the answer: who asks, where it is kept, how it is billed.
 HARMLESS = frozenset("user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split())
@@ -83,6 +84,7 @@ class ChatRequest:
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
+    thinking: bool | None
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -103,6 +105,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         top_p=1.0 if top_p is None else float(top_p),
         seed=_integer(fields, "seed"),
         stop=_stop(fields),
+        thinking=_thinking(fields),
     )
 
 
@@ -218,6 +221,18 @@ def _stop(fields: dict[str, Any]) -> tuple[str, ...]:
             low, high = LIMITS["stop_characters"][:2]
             raise _bad("stop", f"holds a string of {len(string)} characters; use {low} to {high}")
     return tuple(_text(string, "stop") for string in strings)
+
+
+def _thinking(fields: dict[str, Any]) -> bool | None:
+    """`chat_template_kwargs`, as clients of other servers send it: of a template's variables this one is offered."""
+    choices = fields.get("chat_template_kwargs")
+    if choices is None:
+        return None
+    if not isinstance(choices, dict):
+        raise _bad("chat_template_kwargs", f"{_short(choices)} is not an object")
+    where = "chat_template_kwargs."
+    _refuse_unknown(choices, frozenset(("thinking",)), frozenset(), {}, where)
+    return None if choices.get("thinking") is None else _boolean(choices, "thinking", where)
 
 
 def _boolean(fields: dict[str, Any], name: str, where: str = "") -> bool:

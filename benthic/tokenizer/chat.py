@@ -7,7 +7,7 @@ from typing import Any
 from benthic.base.errors import InputError, did_you_mean
 from benthic.tokenizer import foreign
 from benthic.tokenizer.runs import Rendered, Runs
-from benthic.tokenizer.templates import TEMPLATES, Template, Tools
+from benthic.tokenizer.templates import TEMPLATES, Template, ThinkingRefused, Tools, fitting, lacking
 from benthic.tokenizer.tokenizer import Tokenizer
 from benthic.tokenizer.tokens import CALLS, END_CALLS, END_OUTPUT, END_THINK, MARKUP, OUTPUT, THINK, THINKING
 
@@ -24,27 +24,51 @@ def render(
     messages: Messages,
     tokenizer: Tokenizer,
     add_generation_prompt: bool = False,
-    template: str | None = None,
     thinking: bool | None = None,
 ) -> Rendered:
-    """The conversation in the tokenizer's own chat format, or in that of `template` (a name in `TEMPLATES`).
+    """The conversation in the tokenizer's chat format, which `Tokenizer.with_template` changes.
 
     `add_generation_prompt` ends it with what asks for an answer; `thinking` chooses whether the model shall think
-    where the format knows both (V3.1; without thinking unless asked). An answer that a user turn follows loses its
-    thinking. Only assistant turns can hold thinking tokens: everywhere else a token's name is plain text. A tokenizer
-    with a Jinja template that is none of ours is served by `foreign.render`. InputError names the message at fault.
+    where the format knows both (V3.1; without thinking unless asked), and is ThinkingRefused elsewhere. An answer that
+    a user turn follows loses its thinking. Only assistant turns can hold thinking tokens: everywhere else a token's
+    name is plain text. A Jinja template that is none of ours is served by `foreign.render`. InputError names the
+    message at fault.
     """
-    name = template or tokenizer.template
-    if template is not None and template not in TEMPLATES:
-        raise InputError(f"unknown template {template!r} -> use a known one{did_you_mean(template, TEMPLATES)}")
+    name = tokenizer.template
     known = TEMPLATES[name] if name else None
-    _check(messages, tools=known is None or (known.tools is not None and CALLS in tokenizer.special))
+    _check_messages(messages, tools=known is None or (known.tools is not None and CALLS in tokenizer.special))
     if known is None:
         return foreign.render(messages, tokenizer, add_generation_prompt, thinking)
-    thinking = next(iter(known.openings)) if thinking is None else thinking
-    if thinking not in known.openings:
-        raise InputError(f"thinking={thinking} is not a choice in template {name!r} -> leave it out")
-    return _Conversation(known, tokenizer).render(messages, thinking if add_generation_prompt else None)
+    thinks = _choice(known, name, thinking)
+    return _Conversation(known, tokenizer).render(messages, thinks if add_generation_prompt else None)
+
+
+def check(tokenizer: Tokenizer, thinking: bool | None = None) -> None:
+    """Say before the first conversation what is wrong with the tokenizer's chat format.
+
+    InputError for a template that cannot be rendered or that needs tokens which the tokenizer lacks; ThinkingRefused
+    where it has no such choice.
+    """
+    name = tokenizer.template
+    if not name:
+        foreign.check(tokenizer, thinking)
+        return
+    missing = lacking(TEMPLATES[name], tokenizer.special)
+    if missing:
+        raise InputError(
+            f"template {name!r} needs the token {missing[0]!r}, which the tokenizer lacks "
+            f"-> use {fitting(tokenizer.special)!r}, made for its tokens"
+        )
+    _choice(TEMPLATES[name], name, thinking)
+
+
+def _choice(template: Template, name: str | None, thinking: bool | None) -> bool:
+    """Whether the model shall think; the first opening says it where nobody else does."""
+    if thinking is None:
+        return next(iter(template.openings))
+    if thinking not in template.openings:
+        raise ThinkingRefused(f"thinking={thinking} is not a choice in template {name!r} -> leave it out")
+    return thinking
 
 
 class _Conversation:
@@ -79,9 +103,11 @@ class _Conversation:
                 self._output(message["content"], self._template.tools)
             self._previous = message["role"]
         self._end_outputs()
-        if prompt is not None and self._asks():
-            self._markup(self._template.assistant + self._template.openings[prompt])
-        return self._runs.rendered()
+        if prompt is None or not self._asks():
+            return self._runs.rendered()
+        opening = self._template.openings[prompt]
+        self._markup(self._template.assistant + opening)
+        return self._runs.rendered(opening, self._template.lead)
 
     def _answer(self, message: dict[str, Any], past: bool) -> None:
         content = message.get("content") or ""
@@ -89,8 +115,8 @@ class _Conversation:
             content = content.split(END_THINK, 1 if self._template.forgets == "first" else -1)[-1]
         if self._asks():
             opening = self._template.openings.get(END_THINK in content, "")
-            if opening and content.startswith(THINK):
-                opening, content = _common_start(opening, content)
+            if content.startswith(THINK):  # it holds its own opening, and perhaps a thought without an end
+                opening, content = _common_start(self._template.openings.get(True, ""), content)
             self._markup(self._template.assistant + opening)
         self._said(self._template.lead + content)
         if message.get("tool_calls") and self._template.tools:
@@ -149,7 +175,7 @@ def _common_start(opening: str, content: str) -> tuple[str, str]:
     return content[:n], content[n:]
 
 
-def _check(messages: Messages, tools: bool) -> None:
+def _check_messages(messages: Messages, tools: bool) -> None:
     if not messages:
         raise InputError("messages is empty -> give at least one message")
     roles = [role for role in KEYS if tools or role != "tool"]

@@ -14,10 +14,13 @@ from typing import Any
 
 from benthic.base.errors import InputError
 from benthic.tokenizer.runs import Rendered, Runs
+from benthic.tokenizer.templates import ThinkingRefused
 from benthic.tokenizer.tokenizer import Tokenizer
 from benthic.tokenizer.tokens import END_THINK, THINK
 
 SECONDS = 5.0  # for all renderings of one conversation
+_OPENING = re.compile(rf"(?:{THINK}|{END_THINK})\s*\Z")
+_LIKE_A_TOKEN = re.compile(r"<[|｜][^<>|｜]{1,64}[|｜]>")
 _STANDS_FOR = range(0x100000, 0x10FFFE)  # private use: inside the process, a character stands for a token's name
 
 
@@ -30,7 +33,11 @@ class Sandbox:
         self._owner = 0  # process that started the child: after a fork, the other one starts its own
 
     def render(self, template: str, contexts: list[dict[str, Any]]) -> list[str]:
-        """One text for each context. InputError if the template fails, takes too long, or needs or writes too much."""
+        """One text for each context, all of the same variables.
+
+        ThinkingRefused if they say `thinking` and the template never asks. InputError if the template fails, takes too
+        long, or needs or writes too much.
+        """
         with self._lock:
             child = self._started()
             timer = Timer(SECONDS, child.kill)
@@ -46,6 +53,8 @@ class Sandbox:
                 raise InputError(f"chat_template did not end within {SECONDS:g} s or broke its process -> use another")
         if "error" in answer:
             raise InputError(f"chat_template fails: {answer['error']} -> mend it, or name a known template")
+        if any("thinking" in context for context in contexts) and "thinking" not in answer["variables"]:
+            raise ThinkingRefused("thinking is not a choice in this chat_template -> leave it out")
         return answer["texts"]
 
     def _started(self) -> "subprocess.Popen[str]":
@@ -100,17 +109,32 @@ def render(
     """
     shielded, names = _shielded(messages, tokenizer)
     asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"] if not add_generation_prompt else []
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    base: dict[str, Any] = {name: tokenizer.decode([i]) for name, i in ids.items()}
-    if thinking is not None:
-        base["thinking"] = thinking
+    base = _base(tokenizer, thinking)
     parts = [(shielded, add_generation_prompt)]
     for i in asked:
         parts += [(shielded[:i], False), (shielded[:i], True), (shielded[: i + 1], False)]
     contexts = [base | {"messages": part, "add_generation_prompt": prompt} for part, prompt in parts]
     text, *prefixes = _sandbox.render(tokenizer.chat_template, contexts)
     spans = [_span(i, text, prefixes[3 * n : 3 * n + 3], tokenizer) for n, i in enumerate(asked)]
-    return _encode(text, spans, names, tokenizer)
+    opening = _OPENING.search(text) if add_generation_prompt else None
+    return _encode(text, spans, names, tokenizer).rendered(opening[0] if opening else "")
+
+
+def check(tokenizer: Tokenizer, thinking: bool | None) -> None:
+    """Render a small conversation. InputError where that fails, or writes names of tokens that the tokenizer lacks."""
+    talk = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
+    context = _base(tokenizer, thinking) | {"messages": talk, "add_generation_prompt": True}
+    (text,) = _sandbox.render(tokenizer.chat_template, [context])
+    lacking = [name for name in _LIKE_A_TOKEN.findall(text) if name not in tokenizer.special]
+    if lacking:
+        raise InputError(f"chat_template writes {lacking[0]!r}, no token of the tokenizer -> use one made for it")
+
+
+def _base(tokenizer: Tokenizer, thinking: bool | None) -> dict[str, Any]:
+    """What every rendering gets beside the messages."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    base: dict[str, Any] = {name: tokenizer.decode([i]) for name, i in ids.items()}
+    return base if thinking is None else base | {"thinking": thinking}
 
 
 def _shielded(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -157,7 +181,7 @@ def _span(i: int, text: str, prefixes: list[str], tokenizer: Tokenizer) -> tuple
     return start, len(until)
 
 
-def _encode(text: str, spans: list[tuple[int, int]], names: dict[str, str], tokenizer: Tokenizer) -> Rendered:
+def _encode(text: str, spans: list[tuple[int, int]], names: dict[str, str], tokenizer: Tokenizer) -> Runs:
     """Tokens' names in `text` become tokens, unless they came out of a message."""
     runs = Runs(tokenizer)
     cuts = sorted({0, len(text), *(cut for span in spans for cut in span)})
@@ -170,4 +194,4 @@ def _encode(text: str, spans: list[tuple[int, int]], names: dict[str, str], toke
                 runs.token(tokenizer.special[part], trained)
             else:
                 runs.text(restore.sub(lambda m: names[m[0]], part), trained)
-    return runs.rendered()
+    return runs

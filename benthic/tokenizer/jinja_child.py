@@ -1,7 +1,7 @@
 """Renders Jinja templates of strangers in a process of its own, whose memory is limited and which may be killed.
 
 Run as a script: each line on standard input is {"template", "contexts"}, each line on standard output {"texts"} or
-{"error"}. The environment is that of transformers' `apply_chat_template`.
+{"error"}, with the {"variables"} that the template asks for. The environment is transformers' `apply_chat_template`'s.
 """
 
 import json
@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -45,16 +46,18 @@ def _limit_memory() -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"texts": [_render(request["template"], context) for context in request["contexts"]]}
+        template, variables = _compiled(request["template"])
+        return {"texts": [_render(template, context) for context in request["contexts"]], "variables": variables}
     except MemoryError:
         return {"error": f"it needs more than {MEMORY // 2**20} MiB of memory"}
     except Exception as error:  # whatever a stranger's template raises is the answer, and the parent raises it
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
+        reason = " ".join(str(error).split())
+        return {"error": f"{type(error).__name__}: {reason}"[:500]}
 
 
-def _render(text: str, context: dict[str, Any]) -> str:
+def _render(template: jinja2.Template, context: dict[str, Any]) -> str:
     chunks, size = [], 0
-    for chunk in _compiled(text).generate(context):
+    for chunk in template.generate(context):
         chunks.append(chunk)
         size += len(chunk)
         if size > CHARACTERS:
@@ -63,12 +66,12 @@ def _render(text: str, context: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _compiled(text: str) -> jinja2.Template:
+def _compiled(text: str) -> tuple[jinja2.Template, list[str]]:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(text)
+    return environment.from_string(text), sorted(meta.find_undeclared_variables(environment.parse(text)))
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:

@@ -6,14 +6,33 @@ from itertools import groupby, takewhile
 
 from benthic.tokenizer.encoder import whole_characters
 from benthic.tokenizer.tokenizer import Tokenizer
+from benthic.tokenizer.tokens import THINK
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """ids of a conversation; mask is True on what the assistant says, its end token included."""
+    """ids of a conversation; mask is True on what the assistant says, its end token included.
+
+    Of a prompt: `opening` is what it already holds of the answer (R1's `<think>`), `lead` the text with which the
+    format has every answer begin (V1's blank).
+    """
 
     ids: list[int]
     mask: list[bool]
+    opening: str = ""
+    lead: str = ""
+
+    @property
+    def thinks(self) -> bool:
+        """The answer to this prompt begins inside a thought."""
+        return self.opening.startswith(THINK)
+
+    def content(self, text: str) -> str:
+        """The message content for an answer whose generated `text`, without the end token, follows this prompt.
+
+        Rendered as the newest answer it gives this prompt and the text again, an unfinished thought included.
+        """
+        return (self.opening if self.thinks else "") + text.removeprefix(self.lead)
 
 
 class Runs:
@@ -35,10 +54,10 @@ class Runs:
         self._ids.append(id)
         self._mask.append(trained)
 
-    def rendered(self) -> Rendered:
-        """What came so far."""
+    def rendered(self, opening: str = "", lead: str = "") -> Rendered:
+        """What came so far; for a prompt, also how the answer begins."""
         self._end_run()
-        return Rendered(ids=self._ids, mask=self._mask)
+        return Rendered(ids=self._ids, mask=self._mask, opening=opening, lead=lead)
 
     def _end_run(self) -> None:
         """A token that reaches over the border between two pieces belongs to the second: it is what must be said."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
+from benthic.base.errors import InputError
 from benthic.tokenizer.tokens import (
     ASSISTANT,
     CALL,
@@ -15,6 +16,7 @@ from benthic.tokenizer.tokens import (
     END_OUTPUT,
     END_OUTPUTS,
     END_THINK,
+    MARKUP,
     OUTPUT,
     OUTPUTS,
     SEARCH,
@@ -22,6 +24,12 @@ from benthic.tokenizer.tokens import (
     THINK,
     USER,
 )
+
+THINKS: dict[str, bool | None] = {"auto": None, "on": True, "off": False}  # how flags say it; auto: the format's way
+
+
+class ThinkingRefused(InputError):
+    """The chat template has no choice of thinking, or not this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,7 @@ TEMPLATES: dict[str, Template] = {
     ),
 }
 
-# Other texts of the same formats, by `_digest`: the released ones, and one that Benthic wrote before tools were added.
+# Other texts of the same formats, by `_digest`: the released ones, and earlier ones of Benthic.
 # Ours differ from the released texts only where those lose something: the thinking of the newest answer (which training
 # needs), the tokens around calls and outputs from the second round on (V3, R1), the end of a single call (R1).
 _OTHER_TEXTS = {
@@ -95,7 +103,8 @@ _OTHER_TEXTS = {
     "3a3036eeb96ca0e48565fc1f19b4d7d3fa17ada32bb1b3d5ed539ae74cf22923": "v3",  # V3-0324
     "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f": "r1",  # R1
     "37cabd20b2b62e3efe7fa55533ef0bc6e1eae63b60cf77265b2a09632aa1358d": "v3.1",  # V3.1
-    "3a7113a995a73ede8546d6fa39e3642be51ab9c50f732ff7f55d66ece6f6abc2": "v3",  # Benthic before tools
+    "3a7113a995a73ede8546d6fa39e3642be51ab9c50f732ff7f55d66ece6f6abc2": "v3",  # before tools
+    "b286bd8e482b42f900d1741d4283a9e7be207a4d848d7c7b84c319f853b29c19": "v3.1",  # before unfinished thoughts
 }
 
 
@@ -112,6 +121,12 @@ def fitting(tokens: Collection[str]) -> str:
     if SEARCH in tokens:
         return "v3.1"
     return "r1" if THINK in tokens else "v3"
+
+
+def lacking(template: Template, tokens: Collection[str]) -> list[str]:
+    """Tokens that turns and prompts of the format need, and that are not in `tokens`. Thinking tokens may be text."""
+    words = template.user + template.end_user + template.assistant
+    return [name for name in MARKUP.findall(words) if name not in tokens]
 
 
 def _digest(text: str) -> str:
@@ -175,7 +190,8 @@ def _answer(template: Template) -> str:
         begun = f"'{END_THINK}' in content and not content.startswith('{THINK}')"
         opening += _if(begun, _print(template.openings[True]))
     if template.openings.get(False):
-        opening += _if(f"'{END_THINK}' not in content", _print(template.openings[False]))
+        unopened = f"'{END_THINK}' not in content and not content.startswith('{THINK}')"
+        opening += _if(unopened, _print(template.openings[False]))
     said = f"{{{{- {_quoted(template.lead)} + content -}}}}" if template.lead else "{{- content -}}"
     return content + _if(_asks(template), opening) + said + (_calls(template.tools) if template.tools else "")
 

@@ -1,5 +1,6 @@
 """The tokenizer: a folder with tokenizer.json in, ids and text out."""
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,12 +63,17 @@ class Tokenizer:
             config["chat_template"] = _read(folder / TEMPLATE).decode("utf-8", "replace")
         return cls(spec, config, str(folder / VOCABULARY), released_compat)
 
-    def with_template(self, name: str) -> Self:
-        """The same tokenizer with another chat format, a name in `templates.TEMPLATES`; `save` writes it for all."""
-        if name not in templates.TEMPLATES:
-            raise InputError(f"unknown template {name!r} -> use a known one{did_you_mean(name, templates.TEMPLATES)}")
-        config = self._config | {"chat_template": templates.jinja(templates.TEMPLATES[name])}
-        return type(self)(self._spec, config, self._where, self._released_compat)
+    def with_template(self, choice: Path | str) -> Self:
+        """The same tokenizer with another chat format: a name in `templates.TEMPLATES`, or the path of a Jinja file.
+
+        It is chosen once, where a model is loaded; `save` writes it. `chat.check` says whether it can be used.
+        """
+        name, known = str(choice), templates.TEMPLATES.get(str(choice))
+        text = templates.jinja(known) if known else _template_file(name)
+        other = copy.copy(self)
+        other._config = self._config | {"chat_template": text}
+        other.chat_template, other.template = text, name if known else templates.named(text)
+        return other
 
     def save(self, folder: Path | str) -> None:
         """Write the files that `load`, the tokenizers library and transformers read; each is whole or absent."""
@@ -143,6 +149,21 @@ def _chat_template(value: Any, where: str) -> str:
     if not isinstance(value, str | None):
         raise InputError(f"chat_template is a {type(value).__name__} in {CONFIG} beside {where} -> give a string")
     return value or ""
+
+
+def _template_file(name: str) -> str:
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"unknown template {name!r}, and no such file -> use a known one or the path of a Jinja file"
+            + did_you_mean(name, templates.TEMPLATES)
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the template {name} ({error}) -> give a Jinja file in UTF-8") from error
+    if not text:
+        raise InputError(f"the template {name} is empty -> give a Jinja file")
+    return text
 
 
 def _read(path: Path) -> bytes:

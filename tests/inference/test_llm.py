@@ -42,6 +42,32 @@ def test_chat_sends_exactly_the_rendered_conversation(folder):
     assert [o.token_ids for o in llm.chat([talk, talk], GREEDY)] == [output.token_ids] * 2
 
 
+def test_a_chosen_chat_template_is_that_of_every_conversation(folder, tmp_path):
+    talk = [{"role": "user", "content": "is the sea deep?"}]
+    llm = LLM(folder, device="cpu", chat_template="v3.1")
+    own = LLM(folder, device="cpu").tokenizer
+    for thinking in (None, False, True):
+        (output,) = llm.chat(talk, GREEDY, thinking=thinking)
+        expected = chat.render(talk, own.with_template("v3.1"), add_generation_prompt=True, thinking=thinking)
+        assert output.prompt_token_ids == expected.ids
+    (tmp_path / "own.jinja").write_text("{{ messages[-1].content }}", encoding="utf-8")
+    (output,) = LLM(folder, device="cpu", chat_template=tmp_path / "own.jinja").chat(talk, GREEDY)
+    assert output.prompt_token_ids == own.encode("is the sea deep?")
+
+
+def test_a_wrong_chat_template_is_refused_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("benthic.inference.llm.load", lambda *_, **__: pytest.fail("the weights were read"))
+    (tmp_path / "bad.jinja").write_text("{% if %}", encoding="utf-8")
+    for choice, problem in (("v9", "unknown template 'v9'"), (tmp_path / "bad.jinja", "TemplateSyntaxError")):
+        with pytest.raises(InputError, match=problem):
+            LLM(folder, device="cpu", chat_template=choice)
+
+
+def test_thinking_that_the_template_cannot_choose_is_refused_by_its_name(folder):
+    with pytest.raises(InputError, match="thinking=True is not a choice in template 'v3'"):
+        LLM(folder, device="cpu").chat([{"role": "user", "content": "?"}], GREEDY, thinking=True)
+
+
 def test_a_folder_without_tokenizer_takes_ids_only(tmp_path, model):
     write_model(tmp_path / "bare", model, None)
     llm = LLM(tmp_path / "bare", device="cpu")

@@ -8,6 +8,7 @@ import pytest
 
 from benthic import cli
 from benthic.inference.config import SamplingParams
+from benthic.inference.llm import LLM
 from benthic.jobs import chat, generate
 from benthic.jobs.config import ChatConfig
 
@@ -23,17 +24,18 @@ def llm(model_folder):
 def test_the_streamed_pieces_joined_are_the_answer_of_the_engine(llm):
     whole = llm.chat(ASK, PARAMS)[0]
     answer = [token for token in whole.token_ids if token != llm.tokenizer.eos_id]
-    assert "".join(chat.stream(llm, ASK, PARAMS)) == llm.tokenizer.decode(answer)
+    assert "".join(chat.stream(llm, llm.prompt(ASK), PARAMS)) == llm.tokenizer.decode(answer)
 
 
 def test_leaving_an_answer_early_frees_the_engine_for_the_next(llm):
-    expected = list(chat.stream(llm, ASK, PARAMS))
-    started = chat.stream(llm, ASK, PARAMS)
+    prompt = llm.prompt(ASK)
+    expected = list(chat.stream(llm, prompt, PARAMS))
+    started = chat.stream(llm, prompt, PARAMS)
     next(started)
     assert llm.engine.busy
     started.close()
     assert not llm.engine.busy
-    assert list(chat.stream(llm, ASK, PARAMS)) == expected
+    assert list(chat.stream(llm, prompt, PARAMS)) == expected
 
 
 def _type(monkeypatch, *lines):
@@ -51,12 +53,17 @@ def _type(monkeypatch, *lines):
 
 def _record(monkeypatch, answer):
     """Replace the model by `answer(messages)`; returns the conversations that it was shown, and its seeds."""
-    seen = []
+    seen, render = [], LLM.prompt
 
-    def stream(llm, messages, params):
-        seen.append(([(m["role"], m["content"]) for m in messages], params.seed))
-        yield from answer(messages)
+    def prompt(llm, messages, thinking):
+        seen.append([(m["role"], m["content"]) for m in messages])
+        return render(llm, messages, thinking)
 
+    def stream(llm, prompt, params):
+        seen[-1] = (seen[-1], params.seed)
+        yield from answer(seen[-1][0])
+
+    monkeypatch.setattr(LLM, "prompt", prompt)
     monkeypatch.setattr(chat, "stream", stream)
     return seen
 
@@ -98,6 +105,46 @@ def test_thinking_is_dim_on_a_terminal_only(model_folder, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     cli.main(["chat", str(model_folder), "--device", "cpu"])
     assert capsys.readouterr().out == "\x1b[2m<think>hm</think>\x1b[0m5\x1b[0m\n"
+
+
+def test_thinking_that_the_prompt_begins_is_shown_and_remembered(model_folder, monkeypatch, capsys):
+    """R1 is asked with `<think>`, which is not in what it generates."""
+    seen = _record(monkeypatch, lambda messages: ["hm", "</think>", "5"])
+    _type(monkeypatch, "one", "two")
+    assert cli.main(["chat", str(model_folder), "--device", "cpu", "--chat-template", "r1"]) == 0
+    assert capsys.readouterr().out == "<think>\nhm</think>5\n" * 2
+    assert seen[1][0][1] == ("assistant", "<think>\nhm</think>5")
+
+
+def test_the_blank_before_an_answer_of_v1_is_not_remembered_twice(model_folder, monkeypatch):
+    seen = _record(monkeypatch, lambda messages: [" 5"])
+    _type(monkeypatch, "one", "two")
+    assert cli.main(["chat", str(model_folder), "--device", "cpu", "--chat-template", "v1"]) == 0
+    assert seen[1][0][1] == ("assistant", "5")
+
+
+@pytest.mark.parametrize(("thinking", "opening"), [("on", "<think>"), ("off", "</think>"), ("auto", "</think>")])
+def test_thinking_is_chosen_by_a_flag(model_folder, monkeypatch, thinking, opening):
+    asked = []
+    monkeypatch.setattr(chat, "stream", lambda llm, prompt, params: asked.append(prompt.opening) or iter(["5"]))
+    _type(monkeypatch, "one")
+    words = ["chat", str(model_folder), "--device", "cpu", "--chat-template", "v3.1", "--thinking", thinking]
+    assert cli.main(words) == 0
+    assert asked == [opening]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--chat-template", "v3.2"], "unknown template 'v3.2', and no such file"),
+        (["--chat-template", "v3", "--thinking", "on"], "thinking=True is not a choice in template 'v3'"),
+        (["--chat-template", "r1", "--thinking", "off"], "thinking=False is not a choice in template 'r1'"),
+        (["--thinking", "maybe"], "--thinking"),
+    ],
+)
+def test_a_choice_that_the_model_has_not_ends_before_the_first_question(model_folder, capsys, words, problem):
+    assert cli.main(["chat", str(model_folder), "--device", "cpu", *words]) == 2
+    assert problem in capsys.readouterr().err
 
 
 def test_generate_prints_each_prompt_with_its_continuation(model_folder, llm, capsys):

@@ -105,10 +105,12 @@ def eventually():
 
 
 @contextlib.contextmanager
-def running(engine, tokenizer, *, key="", capacity=8, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0):
+def running(
+    engine, tokenizer, *, key="", capacity=8, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0, thinking=None
+):
     """A server on a free port with clients of it; closed and checked at the end."""
     worker = Worker(engine, capacity)
-    service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=max_model_len)
+    service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=max_model_len, thinking=thinking)
     listener = bind("127.0.0.1", 0)
     server = Server(build(service, host, key), worker, shutdown_timeout)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
@@ -140,7 +142,9 @@ def running(engine, tokenizer, *, key="", capacity=8, host="127.0.0.1", max_mode
 def launch(engine, tokenizer):
     """launch(...) -> a server of its own for this test."""
     with contextlib.ExitStack() as stack:
-        yield lambda engine=engine, **options: stack.enter_context(running(engine, tokenizer, **options))
+        yield lambda engine=engine, tokenizer=tokenizer, **options: stack.enter_context(
+            running(engine, tokenizer, **options)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,14 @@ def test_fields_arrive():
     assert ask.include_usage
 
 
+@pytest.mark.parametrize(
+    ("sent", "thinking"), [(None, None), ({}, None), ({"thinking": None}, None), ({"thinking": True}, True),
+                           ({"thinking": False}, False)],
+)  # fmt: skip
+def test_thinking_arrives_as_clients_of_other_servers_send_it(sent, thinking):
+    assert parse(chat_template_kwargs=sent).thinking is thinking
+
+
 def test_content_parts_are_joined_and_the_developer_speaks_as_system():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     ask = parse(messages=[{"role": "developer", "content": parts}, {"role": "user", "content": "c"}])
@@ -85,13 +93,16 @@ BAD = [
     ("top_p", 0), ("top_p", 1.01), ("top_p", []), ("seed", -1), ("seed", 2**63), ("seed", 0.5),
     ("stop", ""), ("stop", [""]), ("stop", 3), ("stop", [3]), ("stop", ["x"] * 17), ("stop", "x" * 129),
     ("logprobs", True), ("logprobs", 0), ("frequency_penalty", 0.1), ("response_format", {"type": "json_object"}),
+    ("chat_template_kwargs", True), ("chat_template_kwargs.thinking", {"thinking": "yes"}),
+    ("chat_template_kwargs.thinking", {"thinking": 1}),
+    ("chat_template_kwargs.enable_thinking", {"enable_thinking": True}),
     ("temprature", 1), ("top_k", 5), ("x" * 64, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("param", "value"), BAD, ids=lambda v: str(v)[:30])
 def test_a_bad_value_is_refused_naming_its_field(param, value):
-    field = param.split("[")[0]
+    field = param.split("[")[0].split(".")[0]
     error = refused({**GOOD, field: value})
     assert error.param == param
     assert error.message.startswith(param)
@@ -154,7 +165,9 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.sampled_from([*GOOD, "stream", "stop", "seed", "n", "top_p", "stream_options", "tools", "user"])
+NAMES = st.sampled_from(
+    [*GOOD, "stream", "stop", "seed", "n", "top_p", "stream_options", "tools", "user", "chat_template_kwargs"]
+)
 
 
 @settings(max_examples=400, deadline=None)

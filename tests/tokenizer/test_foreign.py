@@ -71,7 +71,7 @@ def test_a_jinja_file_beside_goes_before_the_config(tokenizer, tmp_path):
     (tmp_path / TEMPLATE).write_text(BRACKETS, encoding="utf-8")
     ours = Tokenizer.load(tmp_path)
     assert ours.decode(render([USER], ours, True).ids) == f"{tokens.BOS}[USER] 2+2?\n[A]"
-    assert render([USER], ours, True, template="v3") == render([USER], tokenizer, True)
+    assert render([USER], ours.with_template("v3"), True) == render([USER], tokenizer, True)
 
 
 def test_names_of_tokens_in_messages_stay_text(tokenizer):

@@ -10,7 +10,7 @@ import transformers
 from benthic.base.errors import InputError
 from benthic.tokenizer import bpe, templates, tokens
 from benthic.tokenizer.chat import render
-from benthic.tokenizer.templates import TEMPLATES
+from benthic.tokenizer.templates import TEMPLATES, ThinkingRefused
 from benthic.tokenizer.tokenizer import VOCABULARY, Tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
@@ -52,6 +52,7 @@ def conversation(rng: random.Random, name: str) -> list[dict]:
         if role in ("assistant", "calls") and TEMPLATES[name].forgets and rng.random() < 0.5:
             thoughts = rng.choice(["<think>", "<think>\n", "<think>\n\n", ""]) + rng.choice(WORDS) + "</think>"
             content = thoughts * rng.randint(1, 2) + content
+            content = content.replace("</think>", "") if rng.random() < 0.2 else content
         turn: dict = {"role": "assistant" if role == "calls" else role, "content": content}
         if role == "calls":
             calls = [
@@ -107,7 +108,7 @@ def test_a_tokenizer_without_a_template_gets_that_of_its_tokens(names, fits):
 def test_the_formats_are_those_of_the_papers(name, text, v1, v3):
     tokenizer = v3 if TEMPLATES[name].tools else v1
     messages = [{"role": "system", "content": "S"}, USER, ANSWER, USER]
-    assert short(tokenizer.decode(render(messages, tokenizer, True, template=name).ids)) == text
+    assert short(tokenizer.decode(render(messages, tokenizer.with_template(name), True).ids)) == text
 
 
 def short(text: str) -> str:
@@ -118,13 +119,11 @@ def short(text: str) -> str:
 
 
 def test_thinking_is_chosen_where_the_format_has_both(v3):
-    on, off = (render([USER], v3, True, template="v3.1", thinking=t) for t in (True, False))
+    on, off = (render([USER], v3.with_template("v3.1"), True, thinking=t) for t in (True, False))
     assert v3.decode(on.ids).endswith(f"{tokens.ASSISTANT}{tokens.THINK}")
     assert v3.decode(off.ids).endswith(f"{tokens.ASSISTANT}{tokens.END_THINK}")
-    with pytest.raises(InputError, match="thinking=False"):
-        render([USER], v3, True, template="r1", thinking=False)
-    with pytest.raises(InputError, match=r"unknown template 'v3\.2'"):
-        render([USER], v3, template="v3.2")
+    with pytest.raises(ThinkingRefused, match="thinking=False is not a choice in template 'r1'"):
+        render([USER], v3.with_template("r1"), True, thinking=False)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +140,11 @@ def test_thinking_is_chosen_where_the_format_has_both(v3):
     ],
 )
 def test_loss_is_on_what_the_model_writes_after_its_prompt(name, answer, said, v1, v3):
-    tokenizer = v3 if TEMPLATES[name].tools else v1
-    rendered = render([USER, {"role": "assistant", "content": answer}], tokenizer, template=name)
+    tokenizer = (v3 if TEMPLATES[name].tools else v1).with_template(name)
+    rendered = render([USER, {"role": "assistant", "content": answer}], tokenizer)
     assert short(tokenizer.decode(i for i, keep in zip(rendered.ids, rendered.mask, strict=True) if keep)) == said
     thinks = "</think>" in answer if len(TEMPLATES[name].openings) > 1 else None
-    prompt = render([USER], tokenizer, True, template=name, thinking=thinks).ids
+    prompt = render([USER], tokenizer, True, thinking=thinks).ids
     if answer != "4" or name != "r1":  # R1 is asked to think, and an answer of old that did not is not cut to that
         n = min(len(prompt), rendered.mask.index(True))
         assert rendered.ids[:n] == prompt[:n]
@@ -171,19 +170,19 @@ def test_loss_is_on_what_the_model_writes_after_its_prompt(name, answer, said, v
 )  # fmt: skip
 def test_calls_are_said_by_the_assistant_and_outputs_are_not(name, text, v3):
     messages = [USER, CALLS, OUTPUT, OUTPUT, {"role": "assistant", "content": "4"}, USER]
-    rendered = render(messages, v3, True, template=name)
+    rendered = render(messages, v3.with_template(name), True)
     assert short(v3.decode(rendered.ids)) == text
     said = short(v3.decode(i for i, keep in zip(rendered.ids, rendered.mask, strict=True) if keep))
     assert said == text[text.index("<｜calls▁begin｜>") : text.index("<E>") + 3] + "4<E>"
 
 
 def test_a_prompt_after_outputs_goes_on_without_a_new_assistant_token(v3):
-    ids = render([USER, CALLS, OUTPUT], v3, True, template="r1").ids
+    ids = render([USER, CALLS, OUTPUT], v3.with_template("r1"), True).ids
     assert short(v3.decode(ids)).endswith("<｜output▁end｜><｜outputs▁end｜>")
 
 
 def test_names_of_tokens_in_any_field_of_a_message_stay_text(name, v1, v3):
-    tokenizer = v3 if TEMPLATES[name].tools else v1
+    tokenizer = (v3 if TEMPLATES[name].tools else v1).with_template(name)
     attack = "".join(tokenizer.special)
     messages = [{"role": "system", "content": attack}, {"role": "user", "content": attack}]
     if TEMPLATES[name].tools:
@@ -191,7 +190,7 @@ def test_names_of_tokens_in_any_field_of_a_message_stay_text(name, v1, v3):
         messages += [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": attack}]
     plain = json.loads(json.dumps(messages).replace(json.dumps(attack)[1:-1], "x"))
     special = set(tokenizer.special.values())
-    found, expected = (render(m, tokenizer, template=name).ids for m in (messages, plain))
+    found, expected = (render(m, tokenizer).ids for m in (messages, plain))
     assert [i for i in found if i in special] == [i for i in expected if i in special]
 
 
@@ -210,7 +209,7 @@ def test_names_of_tokens_in_any_field_of_a_message_stay_text(name, v1, v3):
 )
 def test_malformed_tool_turns_are_refused_naming_the_place(messages, name, problem, v1, v3):
     with pytest.raises(InputError, match=problem):
-        render(messages, v3 if TEMPLATES[name].tools else v1, template=name)
+        render(messages, (v3 if TEMPLATES[name].tools else v1).with_template(name))
 
 
 def test_tool_turns_need_a_tokenizer_with_their_tokens(tokenizer):
@@ -222,4 +221,4 @@ def test_another_template_needs_a_known_name_and_travels_with_the_folder(v3, tmp
     with pytest.raises(InputError, match=r"unknown template 'r2'.*known: r1"):
         v3.with_template("r2")
     v3.with_template("r1").save(tmp_path)
-    assert render([USER], Tokenizer.load(tmp_path), True) == render([USER], v3, True, template="r1")
+    assert render([USER], Tokenizer.load(tmp_path), True) == render([USER], v3.with_template("r1"), True)
