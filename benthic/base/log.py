@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -26,6 +26,8 @@ log = logging.getLogger("benthic")
 
 Values = Mapping[str, float | list[float] | list[list[float]]]
 PERIOD = 10.0  # seconds between progress lines where standard error is not a terminal
+MB = 1_000_000
+WORTH_SHOWING = 200 * MB  # less is read or written before anybody asks
 VERSIONS = ("benthic", "torch", "numpy", "safetensors", "tokenizers", "tiktoken", "pyarrow")
 
 
@@ -94,16 +96,9 @@ class Run:
             write_atomic(path, b"".join(kept))
         return open(path, "a", encoding="utf-8")
 
-    @contextmanager
-    def progress(self, title: str, total: int) -> Iterator["Progress"]:
-        """One line of progress on standard error: `with run.progress("pretrain", 100) as p: p.update(7, loss=2.1)`."""
-        if not self.writes or not log.isEnabledFor(logging.INFO):
-            yield _Silent()
-        elif sys.stderr.isatty():
-            with _bar(title, total) as bar:
-                yield bar
-        else:
-            yield _Lines(title, total)
+    def progress(self, title: str, total: int) -> AbstractContextManager["Progress"]:
+        """`progress` of this room, for the owner of a run."""
+        return progress(title, total)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -113,8 +108,42 @@ class Run:
             self._rows.close()
 
 
+@contextmanager
+def progress(title: str, total: int) -> Iterator["Progress"]:
+    """One line of progress on standard error: `with progress("pretrain", 100) as p: p.update(7, loss=2.1)`."""
+    if int(os.environ.get("RANK", "0")) or not log.isEnabledFor(logging.INFO):
+        yield _Silent()
+    elif sys.stderr.isatty():
+        with _bar(title, total) as bar:
+            yield bar
+    else:
+        yield _Lines(title, total)
+
+
+@contextmanager
+def megabytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress through `total` bytes; what it yields is called with the bytes of each piece. Silent where it is little.
+
+    `with megabytes("read", size) as add: add(len(piece))`.
+    """
+    if total < WORTH_SHOWING:
+        yield lambda n: None
+        return
+    with progress(f"{title}, MB", total // MB) as line:
+        done = shown = 0
+
+        def add(n: int) -> None:
+            nonlocal done, shown
+            done += n
+            if done // MB > shown:
+                shown = done // MB
+                line.update(shown)
+
+        yield add
+
+
 class Progress(Protocol):
-    """What `Run.progress` yields."""
+    """What `progress` yields."""
 
     def update(self, done: int, **shown: float) -> None:
         """`done` of the total is finished; `shown` are a few numbers to print beside it (loss, tok_per_s)."""

@@ -1,42 +1,35 @@
-"""Weights in and out, in the Hugging Face layout of the family: `config.json` + `model.safetensors` + tokenizer files.
+"""Models in and out of folders: `config.json` + safetensors + tokenizer files, under the names of the released files.
 
-Inside, experts are stacked and the decoder has no prefix; outside, the names are those of the released checkpoints.
+Inside, experts are stacked and the decoder has no prefix; outside, the layout is that of Hugging Face, or, only
+inwards, that of DeepSeek's inference script.
 """
 
 import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from benthic.base.errors import CheckpointError, InputError
-from benthic.base.files import (
-    MANIFEST,
-    PARTIAL,
-    commit_folder,
-    json_bytes,
-    make_folder,
-    remove_folder,
-    sha256_file,
-    verify_folder,
-    write_file,
-)
-from benthic.base.tensors import write_tensors
-from benthic.kernels.quant import BLOCK, quantise_blocks
+from benthic.base.files import MANIFEST, verify_folder
+from benthic.base.log import megabytes
+from benthic.base.tensors import Spec
 from benthic.model.config import ModelConfig
+from benthic.model.export import CONFIG, SHARD_BYTES, Piece, in_blocks, is_quantised, plain, write_folder
 from benthic.model.hf_config import FP8_SETTINGS, from_hf, to_hf
+from benthic.model.native import BIAS
+from benthic.model.native_config import from_native, is_native
 from benthic.model.transformer import Transformer
-from benthic.model.weights import INDEX, SCALE, WEIGHTS, Weights
+from benthic.model.weights import WEIGHTS, Weights, cast
 from benthic.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("benthic")
-CONFIG = "config.json"
-SHARD_BYTES = 5_000_000_000
+VOCABULARY = "tokenizer.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,12 +52,18 @@ def checkpoint_views(model: Transformer) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+def repeated(config: ModelConfig) -> dict[str, str]:
+    """Name of each copy of the embedding and head, which released files repeat in every MTP layer -> its original."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    originals = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": head}
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return {f"model.layers.{layer}.{copy}": original for layer in layers for copy, original in originals.items()}
+
+
 def shared_copies(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """The embedding and head that released files repeat in every MTP layer."""
-    for k in range(model.config.num_nextn_predict_layers):
-        layer = f"model.layers.{model.config.num_hidden_layers + k}"
-        yield f"{layer}.embed_tokens.weight", model.embed_tokens.weight
-        yield f"{layer}.shared_head.head.weight", model.head
+    """(name, tensor) of the embedding and head that released files repeat in every MTP layer."""
+    for copy, original in repeated(model.config).items():
+        yield copy, model.embed_tokens.weight if original.startswith("model.embed") else model.head
 
 
 def write_model(
@@ -80,70 +79,26 @@ def write_model(
     `fp8` quantises what the released V3 files quantise. More than `shard_bytes` become shards with an index. Returns
     the sha256 of each of the folder's files, for a manifest further out.
     """
-    if folder.exists():
-        raise InputError(f"model folder {folder} already exists -> choose another, or remove it first")
-    partial = folder.with_name(PARTIAL + folder.name)
-    if partial.exists():  # left by a process that was stopped while writing
-        remove_folder(partial)
-    make_folder(partial)
-    tensors = dict(checkpoint_views(model)) | dict(shared_copies(model))
-    digests = _write_weights(partial, tensors, fp8, shard_bytes)
+    pieces = {name: _piece(name, t, fp8) for name, t in (*checkpoint_views(model), *shared_copies(model))}
     config = to_hf(model.config, str(model.head.dtype).removeprefix("torch."))
     config |= {"quantization_config": FP8_SETTINGS} if fp8 else {}
-    digests[CONFIG] = write_file(partial / CONFIG, [json_bytes(config)])
-    if tokenizer is not None:
-        tokenizer.save(partial)
-        digests |= {p.name: sha256_file(p) for p in partial.iterdir() if p.name not in digests}
-    commit_folder(partial, folder, digests)
-    return digests | {MANIFEST: sha256_file(folder / MANIFEST)}
+
+    def add_tokenizer(partial: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+    return write_folder(folder, pieces, config, add_tokenizer, shard_bytes)
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], fp8: bool, shard_bytes: int) -> dict[str, str]:
-    """One file, or shards filled in order of the names, each quantised only when its turn comes."""
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    for name in sorted(tensors):
-        size = _stored_bytes(name, tensors[name], fp8)
-        if filled + size > shard_bytes and shards[-1]:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled, total = filled + size, total + size
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else [WEIGHTS]
-    digests, held = {}, {}
-    for file, names in zip(files, shards):
-        content = {k: t for name in names for k, t in _stored(name, tensors[name], fp8).items()}
-        digests[file] = write_tensors(folder / file, content)
-        held |= dict.fromkeys(content, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(held.items()))}
-        digests[INDEX] = write_file(folder / INDEX, [json_bytes(index)])
-    return digests
+def _piece(name: str, tensor: Tensor, fp8: bool) -> Piece:
+    spec = Spec.of(tensor)
+    if fp8 and is_quantised(name, spec.shape):
+        return in_blocks(name, spec.shape, lambda: tensor)
+    return plain(name, spec, lambda: tensor)
 
 
-def _quantised(name: str, tensor: Tensor) -> bool:
-    """Whether the released V3 files hold this weight as FP8: projections do; embedding, head, gate, eh_proj do not."""
-    return tensor.dim() == 2 and bool(re.search(r"_proj(_with_mqa)?\.weight$", name)) and "eh_proj" not in name
-
-
-def _stored(name: str, tensor: Tensor, fp8: bool) -> dict[str, Tensor]:
-    if not (fp8 and _quantised(name, tensor)):
-        return {name: tensor}
-    weight, scale = quantise_blocks(tensor)
-    return {name: weight, name + SCALE: scale}
-
-
-def _stored_bytes(name: str, tensor: Tensor, fp8: bool) -> int:
-    if not (fp8 and _quantised(name, tensor)):
-        return tensor.numel() * tensor.element_size()
-    n, k = tensor.shape
-    return n * k + 4 * -(-n // BLOCK) * -(-k // BLOCK)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The `config.json` of a model folder."""
-    path = folder / CONFIG
+def read_settings(path: Path) -> dict[str, Any]:
+    """The table of keys in a `config.json`, unchecked."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -152,27 +107,75 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{path} is not JSON ({error}) -> fetch it again") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no table of keys -> fetch it again")
-    return from_hf(data, str(path))
+    return data
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The `config.json` of a model folder, in Hugging Face's names or those of DeepSeek's inference script."""
+    data = read_settings(folder / CONFIG)
+    return config_of(data, folder / CONFIG, Weights(folder)) if is_native(data) else from_hf(data, str(folder / CONFIG))
+
+
+def config_of(data: Mapping[str, Any], path: Path, weights: Weights) -> ModelConfig:
+    """The configuration that the settings in `path` and the weights beside them describe together.
+
+    The script's names leave out whether gates are biased, and the ids that begin and end a text. MTP modules that the
+    weights lack are left out with a warning: transformers drops them when it saves, and leaves them in `config.json`.
+    """
+    folder = weights.folder
+    if is_native(data):
+        config = from_native(data, any(name.endswith(BIAS) for name in weights.names), str(path))
+        if (folder / VOCABULARY).is_file():
+            tokenizer = Tokenizer.load(folder)
+            config = dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    else:
+        config = from_hf(data, str(path))
+    first = f"model.layers.{config.num_hidden_layers}."
+    if not config.num_nextn_predict_layers or any(name.startswith(first) for name in weights.names):
+        return config
+    log.warning("%s has no weights for its %d MTP modules: left out", folder, config.num_nextn_predict_layers)
+    return dataclasses.replace(config, num_nextn_predict_layers=0)
+
+
+def stored_dtype(data: Mapping[str, Any]) -> str:
+    """The dtype that settings name for weights that are not FP8."""
+    return "bfloat16" if is_native(data) else data.get("torch_dtype") or data.get("dtype") or "float32"
+
+
+def check_fit(weights: Weights, model: Transformer) -> None:
+    """CheckpointError listing missing, extra and misshapen tensors, or naming an MTP copy that differs from its
+    original. `model` may be on the meta device."""
+    views, copies = dict(checkpoint_views(model)), dict(shared_copies(model))
+    problems = weights.misfits(*({name: tuple(t.shape) for name, t in part.items()} for part in (views, copies)))
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"{weights.folder} does not fit {CONFIG}: {'; '.join(problems[:5])}{more}")
+    for copy, original in repeated(model.config).items():
+        if copy in weights.names and not _same(weights[copy], weights[original]):
+            raise CheckpointError(
+                f"{weights.folder}: {copy} differs from {original} -> prediction modules share it with the model; "
+                "fetch the files again"
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())
 
 
 def read_weights(folder: Path, model: Transformer) -> None:
     """Copy the weights of `folder` into `model`, tensor by tensor. Lists missing, extra and misshapen tensors."""
-    file = Weights(folder)
-    views, copies = dict(checkpoint_views(model)), dict(shared_copies(model))
-    wanted = {name: tuple(t.shape) for name, t in (views | copies).items()}
-    problems = [f"missing {n} {wanted[n]}" for n in sorted(views.keys() - set(file.names))]
-    problems += [f"unexpected {n} {file.shape(n)}" for n in sorted(set(file.names) - wanted.keys())]
-    problems += [
-        f"{n} has shape {file.shape(n)}, expected {wanted[n]}"
-        for n in file.names
-        if n in wanted and file.shape(n) != wanted[n]
-    ]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{folder} does not fit {CONFIG}: {'; '.join(problems[:5])}{more}")
-    with torch.no_grad():
-        for name, view in views.items():
-            view.copy_(file[name])
+    _copy(Weights(folder), model)
+
+
+def _copy(weights: Weights, model: Transformer) -> None:
+    """`read_weights`: the memory besides the model is one tensor."""
+    check_fit(weights, model)
+    views = dict(checkpoint_views(model))
+    with torch.no_grad(), megabytes(f"read {weights.folder.name}", sum(map(weights.nbytes, weights.names))) as add:
+        for name in weights.names:
+            if name in views:
+                views[name].copy_(cast(name, weights[name], views[name].dtype))
+            add(weights.nbytes(name))
 
 
 def load(
@@ -180,7 +183,7 @@ def load(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> tuple[Transformer, Tokenizer | None]:
-    """(model, tokenizer) of a folder in the Hugging Face layout; the tokenizer is None where the folder has none.
+    """(model, tokenizer) of a folder in the Hugging Face layout or DeepSeek's own; no tokenizer.json, no tokenizer.
 
     `auto` takes CUDA when there is a GPU, and the dtype that the file's `config.json` names. Sealed folders are
     checked against their manifest first, so that altered weights are an error and not wrong numbers.
@@ -188,35 +191,25 @@ def load(
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"model folder {folder} does not exist -> give a folder with {CONFIG} and {WEIGHTS}")
-    config = read_config(folder)
+    data = read_settings(folder / CONFIG)
+    weights = Weights(folder)
+    config = config_of(data, folder / CONFIG, weights)
     if (folder / MANIFEST).is_file():
         verify_folder(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        dtype = data.get("torch_dtype") or data.get("dtype") or "float32"
-    if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} -> use one of {', '.join(DTYPES)}")
-    model = empty(_without_absent_mtp(config, folder), device, DTYPES[dtype])
-    read_weights(folder, model)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    name = stored_dtype(data) if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise InputError(f"dtype={name!r} -> use one of {', '.join(DTYPES)}")
+    model = empty(config, device, DTYPES[name])
+    _copy(weights, model)
+    tokenizer = Tokenizer.load(folder) if (folder / VOCABULARY).is_file() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size} "
             "-> use the tokenizer that belongs to the model"
         )
     return model.eval(), tokenizer
-
-
-def _without_absent_mtp(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Folders that transformers saved promise MTP modules in `config.json` and hold none: load the rest, and say so."""
-    modules = config.num_nextn_predict_layers
-    first = f"model.layers.{config.num_hidden_layers}."
-    if not modules or any(name.startswith(first) for name in Weights(folder).names):
-        return config
-    log.warning("%s has no weights for its %d MTP modules: loaded without them", folder, modules)
-    return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def empty(config: ModelConfig, device: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> Transformer:
