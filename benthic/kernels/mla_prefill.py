@@ -87,7 +87,7 @@ def mla_prefill(
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two attentions of the same queries over different keys, each (out [N, H, V], lse [H, N]), as one over all keys."""
+    """Two attentions of the same queries over different keys, each (out [N, H, V], lse [H, N]), joined."""
     joint = torch.logaddexp(one[1], other[1])
     shares = [(lse - joint).exp().nan_to_num(0.0).T.unsqueeze(2) for _, lse in (one, other)]  # [N, H, 1]; -inf: no key
     return (one[0] * shares[0] + other[0] * shares[1]).to(one[0].dtype), joint
