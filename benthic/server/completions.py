@@ -78,7 +78,7 @@ class Chat:
         prompt, generation = await service.prepare(ask)
         stream.start(generation)
         decoder = WithoutLead(TextStream(service.tokenizer, skip_special=True), prompt.lead)
-        pieces = _pieces(stream, Answer(decoder, ask.stop))
+        pieces = _pieces(stream, Answer(decoder, ask.stop, prompt.thinks))
         reply = Reply(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=service.name)
         try:
             if ask.stream:

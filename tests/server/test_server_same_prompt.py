@@ -116,6 +116,18 @@ def test_an_answer_sent_back_is_in_the_next_prompt_as_it_was_generated(launch, e
         assert engine.requests[-1].prompt_token_ids[: len(said)] == said
 
 
+def test_reasoning_is_told_from_content_where_the_prompt_begins_the_thought(launch, engine, tokenizer):
+    for name, thinking, parts in (("r1", True, ("so", "yes")), ("v3.1", True, ("so", "yes")), ("v3.1", False, None)):
+        chosen = tokenizer.with_template(name)
+        engine.script = [*chosen.encode("so"), chosen.id_of("</think>"), *chosen.encode("yes"), chosen.eos_id]
+        answer = launch(tokenizer=chosen, thinking=thinking).client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}]
+        )
+        message = answer.choices[0].message
+        found = (getattr(message, "reasoning_content", None), message.content)
+        assert found == (parts or (None, "so</think>yes"))
+
+
 def prompt_of(server, engine, **fields) -> list[int]:
     server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], **fields)
     return engine.requests[-1].prompt_token_ids
