@@ -2,7 +2,7 @@
 
     auto   c_kv [slots, R] as computed
     fp8    E4M3 [slots, R], one float32 scale per 128 elements
-    int6   uint8 [slots, 3R/4], one float16 scale per 64 elements; an element is a signed number of 6 bits, stored plus 32
+    int6   uint8 [slots, 3R/4], one float16 scale per 64 elements; an element is a number in [-31, 31], stored plus 32
 
 Bytes 0..R/2-1 of an int6 row are low nibbles: byte j has element j in its lower half and j + R/2 in its upper. Bytes
 R/2..3R/4-1 are upper bit pairs: byte j has those of elements j, j + R/4, j + R/2, j + 3R/4, from the lowest bits up.
