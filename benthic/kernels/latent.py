@@ -141,5 +141,5 @@ def bytes_per_token(format: str, width: int, rope_width: int, itemsize: int = 2)
 def _check(format: str, width: int) -> None:
     if format not in ("auto", *GROUPS):
         raise ValueError(f"format {format!r} -> use one of auto, {', '.join(GROUPS)}")
-    if width < 64 or math.log2(width) % 1:
-        raise ValueError(f"latent width {width} -> use a power of two from 64")
+    if format != "auto" and (width < 64 or math.log2(width) % 1):
+        raise ValueError(f"latent width {width} -> use a power of two from 64, or format auto")
