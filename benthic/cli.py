@@ -171,12 +171,8 @@ VERBS = {
     "inspect": Verb(
         summary="What a model is made of: parameters, compute, cache, memory.", config=InspectConfig, run=_inspect
     ),
-    "convert": Verb(
-        summary="Rewrite a checkpoint: layout, precision, shard size.", config=ConvertConfig, run=_convert
-    ),
-    "experts": Verb(
-        summary="Find redundant or idle experts; merge or drop them.", config=ExpertsConfig, run=_experts
-    ),
+    "convert": Verb(summary="Rewrite a checkpoint: layout, precision, shard size.", config=ConvertConfig, run=_convert),
+    "experts": Verb(summary="Find redundant or idle experts; merge or drop them.", config=ExpertsConfig, run=_experts),
     "doctor": Verb(summary="Check this machine: what is broken, and the fix.", config=DoctorConfig, run=_doctor),
     "env": Verb(summary="List the environment variables that are read.", config=EnvConfig, run=_env),
     "completion": Verb(summary="Print a completion script for a shell.", config=CompletionConfig, run=_completion),
