@@ -3,7 +3,8 @@
 First the logits, in float32 and never through a shortened mantissa, because two experts that nearly tie must fall as
 they fall in the model. Few tokens: a program per token and few experts, so that the gate's weight (256 KB for 64
 experts, 3.7 MB for V3's 256) is read by many programs at once, each logit by one of them. Many: tiles of tokens by
-experts with products in full float32. Both sum in an order that is fixed by the block sizes alone. Then the choice, a
+experts on the tensor cores, whose products of 16-bit numbers are exact and are summed in float32; wider inputs are
+multiplied in full float32. Both sum in an order that is fixed by the block sizes alone. Then the choice, a
 program per token: affinity, bias, groups, the K best one after the other, weights. The lowest index wins a tie (torch
 leaves ties open), and ids are always of experts that exist, even where scores are NaN; the weights then are NaN too.
 Bytes: weight + N d elements read; a few microseconds, bound by launches and latency.
@@ -32,7 +33,7 @@ class Tiles:
     rows_block: int = 2048  # all of a row of V2-Lite in flight at once
     tile_tokens: int = 16  # small, so that a few hundred tokens occupy the chip
     tile_experts: int = 32
-    tile_block: int = 64
+    tile_block: int = 128
     num_warps: int = 4
     num_stages: int = 3
 
@@ -64,9 +65,11 @@ def _logits_of_tiles(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = (token < n_tokens)[:, None] & (d < D)[None, :]
-        rows = tl.load(x + token[:, None] * stride_x + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = tl.load(x + token[:, None] * stride_x + d[None, :], mask=mask, other=0.0)
         mask = (expert < E)[:, None] & (d < D)[None, :]
-        w = tl.load(weight + expert[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + expert[:, None] * D + d[None, :], mask=mask, other=0.0)
+        if rows.dtype != w.dtype:
+            rows, w = rows.to(tl.float32), w.to(tl.float32)
         total = tl.dot(rows, tl.trans(w), total, input_precision="ieee")
     mask = (token < n_tokens)[:, None] & (expert < E)[None, :]
     tl.store(logits + token[:, None] * E + expert[None, :], total, mask=mask)
@@ -156,8 +159,9 @@ def route(
             BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)), num_warps=t.num_warps,  # pyright: ignore
         )  # fmt: skip
     else:
-        _logits_of_tiles[triton.cdiv(n, t.tile_tokens), triton.cdiv(e, t.tile_experts)](
-            x, weight, logits, x.stride(0), n, D=d, E=e, BLOCK_N=t.tile_tokens, BLOCK_E=t.tile_experts,
+        tokens = t.tile_tokens if n <= 1024 else 4 * t.tile_tokens
+        _logits_of_tiles[triton.cdiv(n, tokens), triton.cdiv(e, t.tile_experts)](
+            x, weight, logits, x.stride(0), n, D=d, E=e, BLOCK_N=tokens, BLOCK_E=t.tile_experts,
             BLOCK_D=t.tile_block, num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore
         )  # fmt: skip
     groups = 1 if topk_method == "greedy" else n_group
