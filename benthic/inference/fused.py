@@ -18,6 +18,7 @@ from benthic.kernels import latent_store, mla_decode, moe, norm, route
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
+from benthic.kernels.moe_sorted import silu_times_up
 from benthic.model.block import Block
 from benthic.model.cache import LatentCache
 from benthic.model.ffn import FFN
@@ -26,14 +27,11 @@ from benthic.model.mla import MLA
 from benthic.model.moe import MoE
 from benthic.model.rope import frequencies, turn_factor
 from benthic.model.transformer import Transformer
-from benthic.parallel.dispatch import LocalDispatcher
-
-FEW = 1024  # tokens up to which the experts' weights are walked by tiles of tokens, not sorted for grouped products
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Rows with the same number of query tokens: table [B, W] int32 pages, context [B] int32 tokens, new ones included."""
+    """Rows of the same number of queries: table [B, W] int32 pages, context [B] int32 tokens, new ones included."""
 
     rows: int
     queries: int
@@ -43,7 +41,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the cached contexts of all prefill rows: slots [S] of its tokens, first [rows + 1] int32 of each row."""
+    """A part of the prefill rows' cached contexts: slots [S] of its tokens, first [rows + 1] int32 start of each row."""
 
     slots: Tensor
     first: Tensor
@@ -77,7 +75,6 @@ class Fused:
         self.model, self.cache, self.page_size = model, cache, page_size
         device = model.embed_tokens.weight.device
         self.frequencies, self.turn = frequencies(model.config, device), turn_factor(model.config)
-        self.dispatcher = LocalDispatcher()
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, MLA):
@@ -178,17 +175,13 @@ class Fused:
             scoring_func=c.scoring_func, topk_method=c.topk_method, n_group=c.n_group, topk_group=c.topk_group,
             norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip
-        if len(x) <= FEW:
-            return moe.moe_norm(normed, self.experts[mlp], ids, weights, x, after.weight, after.eps)
-        routed = self.dispatcher.dispatch(normed, ids.long(), c.n_routed_experts)
-        y = self.dispatcher.combine(mlp.routed_experts(routed.x, routed.offs), routed, weights)
-        return norm.add_rms_norm(y + dense(mlp.shared_experts, normed), x, after.weight, after.eps)
+        return moe.moe_norm(normed, self.experts[mlp], ids, weights, x, after.weight, after.eps)
 
 
 def dense(network: FFN, x: Tensor) -> Tensor:
     """SwiGLU of x [N, d]."""
-    gate, up = F.linear(x, together(network.gate_proj, network.up_proj)).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, network.down_proj.weight)
+    middle = silu_times_up(F.linear(x, together(network.gate_proj, network.up_proj)))
+    return F.linear(middle, network.down_proj.weight)
 
 
 def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:
@@ -215,7 +208,7 @@ def refuse(model: Transformer) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if (width := getattr(c, name)) & (width - 1) or width < 16:
             raise InputError(f"{name}={width} is no power of two from 16 -> use the plain forward")
-    if dtypes != {model.dtype} or model.dtype == torch.float32 and model.embed_tokens.weight.is_cuda:
+    if dtypes != {model.dtype} or (model.dtype == torch.float32 and model.embed_tokens.weight.is_cuda):
         raise InputError(f"weights in {dtypes}, computing in {model.dtype} -> load with one 16-bit dtype")
 
 

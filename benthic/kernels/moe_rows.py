@@ -90,9 +90,9 @@ class Rows:
     over 100 KB of loads in flight on every multiprocessor. Chunks of FP8 weights must be multiples of 128."""
 
     up_block: int = 4  # rows of gate and of up
-    up_chunk: int = 2048
+    up_chunk: int = 1024
     up_stages: int = 1
-    down_block: int = 4
+    down_block: int = 2
     down_chunk: int = 2048
     down_stages: int = 1
     num_warps: int = 4

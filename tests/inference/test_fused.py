@@ -101,9 +101,7 @@ class Rows:
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", [V3, V2], ids=["V3", "V2"])
-@pytest.mark.parametrize("few", [0, 1024], ids=["grouped", "tiles"])
-def test_prompts_chunks_and_decode_rows_equal_the_model(config, few, device, monkeypatch) -> None:
-    monkeypatch.setattr(fused, "FEW", few)
+def test_prompts_chunks_and_decode_rows_equal_the_model(config, device) -> None:
     model = build(config, device)
     rows = Rows(model, [21, 9, 30], device)
     expected = [model.hidden(tensor([ids], device))[0][0] for ids in rows.ids]

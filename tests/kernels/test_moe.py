@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
-from benthic.kernels.moe import ExpertWeights, Rows, Tiles, choose_tiles, moe, moe_norm, moe_ref
+from benthic.kernels.moe import ExpertWeights, Rows, Sorted, Tiles, choose_tiles, moe, moe_norm, moe_ref
 from benthic.kernels.quant import quantise_blocks
 from benthic.model.config import ModelConfig
 from benthic.model.linear import RMSNorm
@@ -18,6 +18,7 @@ from benthic.parallel.dispatch import LocalDispatcher
 ROWS = Rows(up_block=32, up_chunk=256, down_block=64, down_chunk=256)
 TILES = Tiles(block_m=16, up_n=32, up_k=64, down_n=64, down_k=64)
 WAYS = pytest.mark.parametrize("tiles", [ROWS, TILES], ids=["rows", "tiles"])
+ALL = pytest.mark.parametrize("tiles", [ROWS, TILES, Sorted()], ids=["rows", "tiles", "sorted"])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -81,10 +82,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (1, 4, 2, 64, 32, 2, ROWS), (3, 5, 3, 72, 40, 0, ROWS), (2, 4, 2, 136, 48, 1, ROWS),
         (1, 4, 2, 64, 32, 2, TILES), (3, 5, 3, 72, 40, 0, TILES), (21, 4, 2, 64, 48, 1, TILES),
+        (1, 4, 2, 64, 32, 2, Sorted()), (3, 5, 3, 72, 40, 0, Sorted()), (21, 4, 2, 64, 48, 1, Sorted()),
     ],
 )  # fmt: skip
-def test_both_ways_are_the_reference(
-    n: int, e: int, k: int, d: int, i: int, s: int, tiles: Rows | Tiles, device: str
+def test_every_way_is_the_reference(
+    n: int, e: int, k: int, d: int, i: int, s: int, tiles: Rows | Tiles | Sorted, device: str
 ) -> None:
     weights, x = on(device, experts(e, d, i, s)), random(n, d).to(device)
     ids, gates = choice(n, k, e, device)
@@ -104,8 +106,8 @@ def test_every_fp8_block_is_multiplied_by_its_own_factor_also_at_ragged_edges(ti
     assert error(moe(x, wrong, ids, gates, tiles=tiles), moe_ref(x, weights, ids, gates)) > 1e-2
 
 
-@WAYS
-def test_it_is_the_models_mixture_of_experts(tiles: Rows | Tiles, device: str) -> None:
+@ALL
+def test_it_is_the_models_mixture_of_experts(tiles: Rows | Tiles | Sorted, device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter has no product of bfloat16
     config = ModelConfig(hidden_size=64, moe_intermediate_size=32, n_routed_experts=8, n_shared_experts=2)
     layer = MoE(config, LocalDispatcher())
@@ -185,8 +187,8 @@ def test_the_grid_has_room_for_the_worst_choice() -> None:
 
 
 def test_more_pairs_per_expert_give_taller_tiles() -> None:
-    ways = [choose_tiles(n, 6, 64, False) for n in (1, 4, 5, 128, 256, 512, 4096)]
-    assert [type(way) for way in ways] == [Rows] * 2 + [Tiles] * 5
+    ways = [choose_tiles(n, 6, 64, False) for n in (1, 4, 5, 128, 256, 512, 1024, 4096)]
+    assert [type(way) for way in ways] == [Rows] * 2 + [Tiles] * 5 + [Sorted]
     assert [way.block_m for way in ways if isinstance(way, Tiles)] == [16, 16, 32, 64, 128]
 
 
