@@ -35,24 +35,30 @@ PROCESSORS = 132  # of an H200, where there is no GPU to ask
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How the work is cut: tiles of block_m pairs x block_n tokens of one page, `splits` stretches of each context."""
+    """How the work is cut: tiles of block_m pairs x block_n tokens of one page, `splits` stretches of each context.
+
+    swap: tokens, not pairs, are the rows of both products. Hopper's matrix units take 64 rows at least, which few pairs
+    cannot fill and tiles of 64 tokens do. parts: the pieces of its width that a tile is read in; 4 where quantised.
+    """
 
     block_m: int
     block_n: int
     splits: int
+    swap: bool
+    parts: int
     num_warps: int
     num_stages: int
 
 
 @triton.jit
-def _load_tile(c_kv, scales, slot, inside, FORMAT: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
-    """A tile's slots [BLOCK_N] as they lie in memory: pieces of a quarter of the width, and the scales [BLOCK_N, G].
+def _load_tile(c_kv, scales, slot, inside, FORMAT: tl.constexpr, R: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr):
+    """A tile's slots [BLOCK_N] as they lie in memory: pieces of its width, and the scales [BLOCK_N, G].
 
     Quantised codes come as words of four: fp8 in quarters, int6 as two halves of the low nibbles and the upper bits.
     """
     pieces = ()
-    count: tl.constexpr = 3 if FORMAT == "int6" else 4
-    width: tl.constexpr = R // 4 if FORMAT == "auto" else R // 16
+    count: tl.constexpr = 3 if FORMAT == "int6" else PARTS
+    width: tl.constexpr = R // PARTS if FORMAT == "auto" else R // 16
     column = tl.arange(0, width)[None, :]
     for i in tl.static_range(count):
         at = c_kv + slot[:, None] * (count * width) + i * width + column
@@ -116,16 +122,41 @@ def _scaled(numbers, scales, i: tl.constexpr):
 
 @triton.jit
 def _restore(pieces, scales, FORMAT: tl.constexpr, dtype: tl.constexpr):
-    """The four quarters [BLOCK_N, R/4] of a tile in `dtype`."""
-    quarters = ()
-    for i in tl.static_range(4):
-        if FORMAT == "auto":
-            quarters += (pieces[i],)
-        elif FORMAT == "fp8":
+    """The pieces of a tile [BLOCK_N, R/PARTS] in `dtype`; four where it is quantised."""
+    quarters = pieces if FORMAT == "auto" else ()
+    for i in tl.static_range(0 if FORMAT == "auto" else 4):
+        if FORMAT == "fp8":
             quarters += (_scaled(_e4m3(pieces[i]).to(dtype), (scales[0] * 256.0).to(dtype), i),)
         else:
             quarters += (_scaled(_six_bits(pieces[i % 2], pieces[2], i).to(dtype), scales[0].to(dtype), i),)
     return quarters
+
+
+@triton.jit
+def _scores(qs, q_r, tile, k_r, PARTS: tl.constexpr, SWAP: tl.constexpr):
+    """q . k, pairs x tokens or swapped: one sum over the rotary and the latent parts, before the softmax."""
+    if SWAP:
+        s = tl.dot(k_r, tl.trans(q_r))
+    else:
+        s = tl.dot(q_r, tl.trans(k_r))
+    for i in tl.static_range(PARTS):
+        if SWAP:
+            s = tl.dot(tile[i], tl.trans(qs[i]), s)
+        else:
+            s = tl.dot(qs[i], tl.trans(tile[i]), s)
+    return s
+
+
+@triton.jit
+def _gathered(accs, shrink, p, tile, PARTS: tl.constexpr, SWAP: tl.constexpr):
+    """What was gathered so far, shrunk to the new maximum, plus p . v: pairs x width or swapped."""
+    new = ()
+    for i in tl.static_range(PARTS):
+        if SWAP:
+            new += (tl.dot(tl.trans(tile[i]), p, accs[i] * shrink[None, :]),)
+        else:
+            new += (tl.dot(p, tile[i], accs[i] * shrink[:, None]),)
+    return new
 
 
 @triton.jit
@@ -134,7 +165,9 @@ def _attend(
     log2_scale, stride_qh, stride_qn, stride_oh, stride_on, width,
     FORMAT: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
+    TOKENS: tl.constexpr = 0 if SWAP else 1  # axis of the scores
     compute: tl.constexpr = k_rope.dtype.element_ty
     dtype: tl.constexpr = compute if FORMAT == "auto" or compute == tl.float32 else tl.float16
     split, row, length = tl.program_id(1), tl.program_id(2), tl.load(context + tl.program_id(2))
@@ -150,49 +183,46 @@ def _attend(
         return
 
     visible = length - Q + 1 + pair // H  # positions that this pair sees
-    column, rope, token = tl.arange(0, R // 4), tl.arange(0, P), tl.arange(0, BLOCK_N)
+    column, rope, token = tl.arange(0, R // PARTS), tl.arange(0, P), tl.arange(0, BLOCK_N)
     qs, accs = (), ()
-    for i in tl.static_range(4):
-        at = (q_latent + head * stride_qh + n * stride_qn + i * (R // 4))[:, None] + column[None, :]
+    for i in tl.static_range(PARTS):
+        at = (q_latent + head * stride_qh + n * stride_qn + i * (R // PARTS))[:, None] + column[None, :]
         qs += (_reordered(tl.load(at, mask=real[:, None], other=0.0).to(dtype), FORMAT),)
-        accs += (tl.zeros([BLOCK_M, R // 4], tl.float32),)
+        accs += (tl.zeros([R // PARTS, BLOCK_M] if SWAP else [BLOCK_M, R // PARTS], tl.float32),)
     q_r = tl.load(q_rope + (n * H + head)[:, None] * P + rope[None, :], mask=real[:, None], other=0.0)
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
     pages = table + row.to(tl.int64) * width
     page = tl.load(pages + first // PAGE, mask=first < last, other=0)
     for start in range(first, last, BLOCK_N):
-        slot = page.to(tl.int64) * PAGE + start % PAGE + token
+        slot, position = page.to(tl.int64) * PAGE + start % PAGE + token, start + token
         # the next tile's page is read a tile ahead, so that no load waits for its own address
         page = tl.load(pages + (start + BLOCK_N) // PAGE, mask=start + BLOCK_N < last, other=0)
-        inside = start + token < last
-        pieces, steps = _load_tile(c_kv, scales, slot, inside, FORMAT, R, R // GROUP)
+        inside = position < last
+        pieces, steps = _load_tile(c_kv, scales, slot, inside, FORMAT, R, R // GROUP, PARTS)
         k_r = tl.load(k_rope + slot[:, None] * P + rope[None, :], mask=inside[:, None], other=0.0)
         tile = _restore(pieces, steps, FORMAT, dtype)
-        s = tl.dot(q_r, tl.trans(k_r))  # one sum over rotary and latent parts, before the softmax
-        for i in tl.static_range(4):
-            s = tl.dot(qs[i], tl.trans(tile[i]), s)
-        s = tl.where((start + token)[None, :] < visible[:, None], s * log2_scale, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
+        s = _scores(qs, q_r, tile, k_r, PARTS, SWAP) * log2_scale
+        s = tl.where(tl.expand_dims(position, 1 - TOKENS) < tl.expand_dims(visible, TOKENS), s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, TOKENS))
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing visible yet: all weights are 0, none NaN
-        shrink, p = tl.exp2(top - finite), tl.exp2(s - finite[:, None])
-        total, top = total * shrink + tl.sum(p, 1), higher
-        old, accs = accs, ()
-        for i in tl.static_range(4):
-            accs += (tl.dot(p.to(dtype), tile[i], old[i] * shrink[:, None]),)
+        shrink, p = tl.exp2(top - finite), tl.exp2(s - tl.expand_dims(finite, TOKENS))
+        total, top = total * shrink + tl.sum(p, TOKENS), higher
+        accs = _gathered(accs, shrink, p.to(dtype), tile, PARTS, SWAP)
 
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
     into = out + (head * stride_oh + n * stride_on if SPLITS == 1 else part * R)
     if SPLITS > 1:
         tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-38)), mask=real)
-    for i in tl.static_range(4):
-        values = _reordered((accs[i] * inverse[:, None]).to(out.dtype.element_ty), FORMAT)
-        tl.store(into[:, None] + i * (R // 4) + column[None, :], values, mask=real[:, None])
+    for i in tl.static_range(PARTS):
+        values = (tl.trans(accs[i]) if SWAP else accs[i]) * inverse[:, None]
+        values = _reordered(values.to(out.dtype.element_ty), FORMAT)
+        tl.store(into[:, None] + i * (R // PARTS) + column[None, :], values, mask=real[:, None])
 
 
 @triton.jit
 def _combine(
-    parts, lse, out, pairs, stride_oh, stride_on,
+    stretches, lse, out, pairs, stride_oh, stride_on,
     H: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One pair's stretches [SPLITS, R], weighed by 2^(LSE - max). Stretches without a token are not read."""
@@ -204,7 +234,7 @@ def _combine(
     highest = tl.max(each, 0)
     weight = tl.where(used, tl.exp2(each - tl.where(highest > float("-inf"), highest, 0.0)), 0.0)
     weight /= tl.maximum(tl.sum(weight, 0), 1.0)  # the highest weighs 1, so a sum is below 1 where nothing was used
-    values = tl.load(parts + rows[:, None] * R + column[None, :], mask=used[:, None], other=0.0)
+    values = tl.load(stretches + rows[:, None] * R + column[None, :], mask=used[:, None], other=0.0)
     summed = tl.sum(values * weight[:, None], 0)
     into = out + pair % H * stride_oh + pair // H * stride_on
     tl.store(into + column, summed.to(out.dtype.element_ty))
@@ -212,13 +242,17 @@ def _combine(
 
 def choose_tiles(latents: Latents, rows: int, pairs: int, page_size: int, longest: int) -> Tiles:
     """Tiles for `rows` of `pairs` (query, head) pairs and contexts up to `longest` tokens; from shapes alone."""
-    wide = pairs > 32
-    block_m = 64 if wide else max(16, triton.next_power_of_2(pairs))  # 64: the width of Hopper's own matrix units
-    block_n = min(page_size, 64)
+    quantised, wide = latents.format != "auto", pairs > 32
+    block_m = 64 if wide else max(16, triton.next_power_of_2(pairs))
     blocks = rows * triton.cdiv(pairs, block_m)
-    resident = _processors(latents.c_kv.device)
-    splits = max(min(resident // blocks, triton.cdiv(longest, 2 * block_n)), 1)
-    return Tiles(block_m=block_m, block_n=block_n, splits=splits, num_warps=8 if wide else 4, num_stages=2)
+    processors = _processors(latents.c_kv.device)
+    block_n = min(page_size, 64)  # 72 KiB of bfloat16 per tile: with one in work and one under way, enough in flight
+    enough = 10 * blocks >= 9 * processors  # a second stretch per row would not pay for its combining
+    splits = 1 if enough else min(triton.cdiv(processors, blocks), triton.cdiv(longest, 2 * block_n))
+    return Tiles(
+        block_m=block_m, block_n=block_n, splits=splits, swap=not wide and block_n == 64, parts=1,
+        num_warps=8 if wide or quantised else 4, num_stages=2,
+    )  # fmt: skip
 
 
 def mla_decode(
@@ -241,21 +275,22 @@ def mla_decode(
     tiles = tiles or choose_tiles(latents, b, q * h, page_size, w * page_size)
     block_n, group = min(tiles.block_n, page_size), group_of(latents.format, r)
     split = tiles.splits > 1
-    parts = torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=out.device) if split else out
+    stretches = torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=out.device) if split else out
     lse = torch.empty(tiles.splits, n, h, dtype=torch.float32, device=out.device) if split else out
     scales = out if latents.scales is None else latents.scales
+    parts = tiles.parts if latents.format == "auto" else 4
     codes = latents.c_kv if latents.format == "auto" else latents.c_kv.view(torch.int32)
     _attend[(triton.cdiv(q * h, tiles.block_m), tiles.splits, b)](
-        q_latent, q_rope, codes, scales, latents.k_rope, table, context, parts, lse, scale * LOG2E,
+        q_latent, q_rope, codes, scales, latents.k_rope, table, context, stretches, lse, scale * LOG2E,
         q_latent.stride(0), q_latent.stride(1), out.stride(0), out.stride(1), w,
         FORMAT=latents.format, Q=q, H=h, R=r, P=p, GROUP=group, PAGE=page_size, SPLITS=tiles.splits,
-        BLOCK_M=tiles.block_m, BLOCK_N=block_n,
+        BLOCK_M=tiles.block_m, BLOCK_N=block_n, PARTS=parts, SWAP=tiles.swap,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     if split:
         width = min(r, 128)
         _combine[(n * h, r // width)](
-            parts, lse, out, n * h, out.stride(0), out.stride(1), H=h, R=r, SPLITS=tiles.splits,
+            stretches, lse, out, n * h, out.stride(0), out.stride(1), H=h, R=r, SPLITS=tiles.splits,
             BLOCK_S=triton.next_power_of_2(tiles.splits), BLOCK_R=width,
             num_warps=1,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip

@@ -12,8 +12,10 @@ PAGE, P = 16, 16
 NAN = float("nan")
 
 
-def tiles(splits: int = 1, block_n: int = 16):
-    return mla_decode.Tiles(block_m=16, block_n=block_n, splits=splits, num_warps=4, num_stages=2)
+def tiles(splits: int = 1, swap: bool = False, parts: int = 1):
+    return mla_decode.Tiles(
+        block_m=16, block_n=16, splits=splits, swap=swap, parts=parts, num_warps=4, num_stages=2
+    )  # fmt: skip
 
 
 def problem(
@@ -67,7 +69,7 @@ def test_the_kernel_equals_plain_attention_and_reads_nothing_past_a_context(
     format, splits, context, queries, heads, device
 ) -> None:
     given = problem(format, context, queries, heads, device)
-    got = mla_decode.mla_decode(**given, tiles=tiles(splits))
+    got = mla_decode.mla_decode(**given, tiles=tiles(splits, swap=splits == 1))
     close(got, mla_decode.mla_decode_ref(**given))
 
 
@@ -75,7 +77,9 @@ def test_the_kernel_equals_plain_attention_and_reads_nothing_past_a_context(
 def test_wide_rows_and_tiles_that_share_a_page(format, device) -> None:
     """256 wide: two scales per row in fp8, four in int6; pages of 32 in tiles of 16."""
     given = problem(format, [50, 33], 1, 16, device, width=256, page=32)
-    close(mla_decode.mla_decode(**given, tiles=tiles(2)), mla_decode.mla_decode_ref(**given))
+    expected = mla_decode.mla_decode_ref(**given)
+    for swap, parts in [(False, 1), (True, 2), (False, 4)]:
+        close(mla_decode.mla_decode(**given, tiles=tiles(2, swap, parts)), expected)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -116,7 +120,7 @@ def test_tiles_are_chosen_from_shapes_and_give_the_same_answer(device) -> None:
 def test_many_rows_are_not_split_and_few_are_but_not_into_less_than_two_tiles() -> None:
     latents = empty_latents("auto", 64, 64, P, torch.float32, "cpu")
     assert mla_decode.choose_tiles(latents, 256, 16, 64, 4096).splits == 1
-    assert mla_decode.choose_tiles(latents, 8, 16, 64, 4096).splits == 16
+    assert mla_decode.choose_tiles(latents, 8, 16, 64, 4096).splits == 17
     assert mla_decode.choose_tiles(latents, 1, 16, 64, 1024).splits == 8
 
 
