@@ -144,7 +144,8 @@ def main() -> None:
     slots = max([slots, *(PAGE + 1024 * n for n in options.prompts)])
     cache = LatentCache(model.config, slots, "cuda", torch.bfloat16, options.format)
     for layer in cache.layers:
-        layer.write(torch.arange(slots, device="cuda"), torch.randn(slots, layer.width, device="cuda"), torch.randn_like(layer.k_rope))
+        c_kv = torch.randn(slots, layer.width, device="cuda")
+        layer.write(torch.arange(slots, device="cuda"), c_kv, torch.randn_like(layer.k_rope))
     forward = Fused(model, cache, PAGE)
     for batch in options.batch:
         tokens = decode_tokens(model, batch, options.context)

@@ -25,6 +25,7 @@ from benthic.model.ffn import FFN
 from benthic.model.linear import Linear, RMSNorm
 from benthic.model.mla import MLA
 from benthic.model.moe import MoE
+from benthic.model.mtp import MTP
 from benthic.model.rope import frequencies, turn_factor
 from benthic.model.transformer import Transformer
 
@@ -41,7 +42,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the prefill rows' cached contexts: slots [S] of its tokens, first [rows + 1] int32 start of each row."""
+    """A part of the prefill rows' cached contexts: slots [S] of its tokens, first [rows + 1] int32 starts."""
 
     slots: Tensor
     first: Tensor
@@ -86,16 +87,17 @@ class Fused:
     def hidden(self, tokens: Tokens) -> Tensor:
         """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards."""
         angles = self.angles(tokens.positions)
-        blocks, norms = list(self.model.layers), [block.input_layernorm for block in self.model.layers]
+        blocks: list[Block] = list(self.model.layers)  # type: ignore[arg-type]
+        norms = [block.input_layernorm for block in blocks]
         x = F.embedding(tokens.ids, self.model.embed_tokens.weight)
         normed = rms_norm(norms[0], x)
         for layer, (block, after) in enumerate(zip(blocks, [*norms[1:], self.model.norm])):
-            normed, x = self.block(layer, block, normed, x, after, tokens, angles)  # type: ignore[arg-type]
+            normed, x = self.block(layer, block, normed, x, after, tokens, angles)
         return normed
 
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
-        module = self.model.mtp[depth]
+        module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
         embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
         x = F.linear(both, module.eh_proj.weight)

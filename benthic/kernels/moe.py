@@ -92,7 +92,8 @@ def _experts_and_sum(
     block = triton.next_power_of_2(d)
     _combine[(n,)](
         y, y if place is None else place, y if shared is None else shared, topk_weights,
-        x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps, 0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
+        x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps,
+        0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
         PLACED=place is not None, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

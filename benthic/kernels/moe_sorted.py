@@ -31,7 +31,8 @@ def silu_times_up(gate_up: Tensor) -> Tensor:
     out = torch.empty(n, width, dtype=gate_up.dtype, device=gate_up.device)
     if n:
         block = min(triton.next_power_of_2(width), 1024)
-        _swiglu[n, triton.cdiv(width, block)](gate_up, out, gate_up.stride(0), I=width, BLOCK=block)
+        grid = (n, triton.cdiv(width, block))
+        _swiglu[grid](gate_up, out, gate_up.stride(0), I=width, BLOCK=block)  # pyright: ignore[reportArgumentType]
     return out
 
 

@@ -128,7 +128,7 @@ def test_both_ways_to_the_logits_choose_alike(tiles: Tiles, device: str) -> None
 
 @pytest.mark.parametrize("tiles", [ROWS, TILES], ids=["rows", "tiles"])
 def test_a_token_is_routed_as_if_it_were_alone(tiles: Tiles, device: str) -> None:
-    gate, x = gate_of("V3", 40, device), tokens(17, 40, device)
+    gate, x = gate_of("V3", 40, device), tokens(16, 40, device)
     ids, weights = route(x, gate.weight.detach(), gate.e_score_correction_bias, tiles=tiles, **options(gate.config))
     alone = route(x[7:8], gate.weight.detach(), gate.e_score_correction_bias, tiles=tiles, **options(gate.config))
     assert torch.equal(ids[7:8], alone[0])
