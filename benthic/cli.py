@@ -25,8 +25,10 @@ from benthic.base.errors import BenthicError, InputError, Interrupted, did_you_m
 from benthic.jobs.config import (
     ChatConfig,
     CompletionConfig,
+    ConvertConfig,
     DoctorConfig,
     EnvConfig,
+    ExpertsConfig,
     GenerateConfig,
     InspectConfig,
 )
@@ -129,6 +131,18 @@ def _inspect(config: InspectConfig) -> None:
     inspect.run(config)
 
 
+def _convert(config: ConvertConfig) -> None:
+    from benthic.jobs import convert
+
+    convert.run(config)
+
+
+def _experts(config: ExpertsConfig) -> None:
+    from benthic.jobs import experts
+
+    experts.run(config)
+
+
 def _doctor(config: DoctorConfig) -> int:
     from benthic.jobs import doctor
 
@@ -157,6 +171,8 @@ VERBS = {
     "inspect": Verb(
         summary="What a model is made of: parameters, compute, cache, memory.", config=InspectConfig, run=_inspect
     ),
+    "convert": Verb(summary="Rewrite a checkpoint: layout, precision, shard size.", config=ConvertConfig, run=_convert),
+    "experts": Verb(summary="Find redundant or idle experts; merge or drop them.", config=ExpertsConfig, run=_experts),
     "doctor": Verb(summary="Check this machine: what is broken, and the fix.", config=DoctorConfig, run=_doctor),
     "env": Verb(summary="List the environment variables that are read.", config=EnvConfig, run=_env),
     "completion": Verb(summary="Print a completion script for a shell.", config=CompletionConfig, run=_completion),

@@ -1,10 +1,27 @@
-"""Fixtures for every room. torch is imported only where a test asks for a model."""
+"""Fixtures for every room. torch is imported only where a test asks for a model.
 
+Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before triton loads.
+"""
+
+import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 
+HAS_GPU = Path("/dev/nvidiactl").exists()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 TEXTS = ["How many are 2 and 3? There are 5. Write a poem about the sea: the sea is deep.\n" * 3]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run; tests that ask for it are skipped without triton."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return "cuda" if HAS_GPU else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ _NAMES = {
     torch.float8_e8m0fnu: "F8_E8M0",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+PART = 1 << 22  # elements
 _HEADER_MAX = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -79,8 +80,15 @@ def write_stream(path: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[
 
 def check_finite(name: str, tensor: Tensor, path: Path) -> None:
     """Raise CheckpointError naming the tensor that must not go to `path`."""
-    if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+    if not is_finite(tensor):
         raise CheckpointError(f"tensor {name} is not finite -> not written to {path}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype has neither NaN nor infinity. Looks at a part at a time: the test makes copies."""
+    if not tensor.is_floating_point():
+        return True
+    return all(bool(part.to(torch.float32).isfinite().all()) for part in tensor.detach().reshape(-1).split(PART))
 
 
 def _chunks(

@@ -95,7 +95,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or type(row.get("step")) is not int:
         raise InputError(f"{where} is not a row with a text 'stage' and a whole 'step' -> repair or remove the line")
     for key, value in row.items():
-        if key == "expert_load":
+        if key in ("expert_load", "device_load"):
             good = isinstance(value, list) and all(_is_layer(layer) for layer in value)
         else:
             good = key == "stage" or _is_number(value) or _is_layer(value) or _is_gap(value)

@@ -57,7 +57,8 @@ class LLM:
     ) -> list[Output]:
         """Answer one conversation or several, each a list of {"role": ..., "content": ...}.
 
-        `thinking` says whether to think first, where the chat template has the choice (V3.1); None is its own way.
+        `thinking` says whether to think first, where the chat template has the choice (V3.1); None is its own way. In
+        the next turn, the answer is a message of content `llm.prompt(messages, thinking).content(output.text)`.
         """
         many: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
         return self.engine.generate([self.prompt(one, thinking).ids for one in many], params or SamplingParams())

@@ -44,6 +44,10 @@ class ChatConfig(AnswerConfig):
 
     system: str = ""
     """System message; empty for none."""
+    chat_template: str = ""
+    """Chat format: a name (v1, v2, v3, r1, v3.1) or the path of a Jinja file; empty takes the model's own."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the model thinks first, where its format has the choice (v3.1); auto is the format's own way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,44 @@ class InspectConfig:
     """Length at which compute per token is counted."""
     plot: Path | None = None
     """Also draw the tables into this .png, .svg or .pdf file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Options of `benthic convert`."""
+
+    model: Positional[Path]
+    """Folder to read: the Hugging Face layout, or DeepSeek's inference layout (model0-mp8.safetensors, ...)."""
+    output: Positional[Path]
+    """New folder to write: config.json, safetensors (shards with an index) and the tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """How weights are stored; auto keeps every tensor bit for bit, fp8 quantises what the released V3 files do."""
+    max_shard_size: str = "5GB"
+    """Largest file, with a unit: MB or GB, or MiB or GiB."""
+    config: Path | None = None
+    """The config.json of the model, where the folder to read has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Options of `benthic experts`."""
+
+    action: Positional[Literal["report", "merge", "prune"]]
+    """report: which experts are alike or idle; merge: join the most alike; prune: drop the least used."""
+    model: Positional[Path]
+    """Folder of a mixture-of-experts model in the Hugging Face layout."""
+    output: Positional[Path | None] = None
+    """merge, prune: new folder for the smaller model."""
+    keep: int = 0
+    """merge, prune: routed experts that every layer keeps; a multiple of n_group."""
+    corpus: tuple[Path, ...] = ()
+    """Text files or folders on which load is measured; without them, experts are compared by their weights alone."""
+    max_tokens: int = 100_000
+    """Tokens of the corpus to measure on."""
+    device: Device = "auto"
+    """auto: cuda where there is one, else cpu."""
+    json: bool = False
+    """report: print every number as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

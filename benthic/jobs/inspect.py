@@ -1,13 +1,11 @@
 """What a model is made of, from its configuration alone: parameters, compute, cache, memory."""
 
-import json
 from pathlib import Path
 
 from benthic.base.errors import InputError, did_you_mean
 from benthic.jobs.config import InspectConfig
 from benthic.model import count
 from benthic.model.config import ModelConfig
-from benthic.model.hf_config import from_hf
 from benthic.recipes.models import MODELS
 
 TRAINING_BYTES = 4 + 4 + 2 + 2  # float32 master and gradient, BF16 moments (V3 Sec 3.3.3)
@@ -26,16 +24,11 @@ def find(model: str) -> ModelConfig:
     """The configuration of a preset, or of a folder with a `config.json`."""
     if model in MODELS:
         return MODELS[model]()
-    path = Path(model) / "config.json"
-    if not path.is_file():
+    if not (Path(model) / "config.json").is_file():
         raise InputError(f"{model!r} is neither a preset nor a folder with config.json{did_you_mean(model, MODELS)}")
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}) -> fetch it again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds no table of keys -> fetch it again")
-    return from_hf(data, str(path))
+    from benthic.model.hf import read_config  # needs torch, which a preset does not
+
+    return read_config(Path(model))
 
 
 def describe(name: str, config: ModelConfig, length: int) -> str:

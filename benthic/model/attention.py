@@ -40,7 +40,8 @@ class GQA(nn.Module):
     def cached(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, view: CacheView) -> Tensor:
         """Attention of Q new tokens at `positions` [B, Q] over the cached context, which gets them first."""
         q, k, v = self.project(x, cos, sin)
-        context = view.exchange(self.layer, torch.cat((k, v), -1).flatten(-2)).to(x.dtype)  # [B, S, G * 2D]
+        both = torch.cat((k, v), -1).flatten(-2)  # [B, Q, G * 2D]
+        context, _ = view.exchange(self.layer, both, both[..., :0])  # [B, S, G * 2D]
         k, v = context.unflatten(-1, (self.groups, -1)).chunk(2, -1)  # [B, S, G, D] each
         q = q.unflatten(2, (self.groups, -1))  # [B, Q, G, H/G, D]
         scores = torch.einsum("bqgnd,bsgd->bgnqs", q, k).float() * self.width**-0.5

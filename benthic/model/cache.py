@@ -4,22 +4,36 @@ Here live the bytes. Which slot belongs to whom is bookkeeping in integers, and 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from benthic.kernels.latent import Latents, empty_latents
 from benthic.model.config import ModelConfig
+
+CacheFormat = Literal["auto", "fp8", "int6"]
 
 
 class LatentCache:
-    """latents [layers, slots, cache_width]: R + P elements for MLA, keys and values for plain attention.
+    """layers[l] holds `num_slots` rows: c_kv of R elements, in `format`, and k_rope of P elements in `dtype`.
 
-    Layer L + k belongs to multi-token prediction module k. Slot 0 takes padding.
+    Plain attention keeps keys and values where MLA keeps c_kv, and no rotary key apart from them. Layer L + k belongs
+    to multi-token prediction module k. Slot 0 takes padding.
     """
 
-    def __init__(self, config: ModelConfig, num_slots: int, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        format: CacheFormat = "auto",
+    ):
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        self.latents = torch.zeros(layers, num_slots, config.cache_width, device=device, dtype=dtype)
+        rope = 0 if config.kv_lora_rank is None else config.qk_rope_head_dim
+        width = config.cache_width - rope
+        self.layers = [empty_latents(format, num_slots, width, rope, dtype, device) for _ in range(layers)]
 
 
 @dataclass
@@ -35,8 +49,8 @@ class CacheView:
     write: Tensor
     table: Tensor
 
-    def exchange(self, layer: int, latent: Tensor) -> Tensor:
-        """Write latent [B, Q, R+P] of `layer`, then read the whole context back [B, S, R+P]."""
-        slots = self.cache.latents[layer]
-        slots[self.write.reshape(-1)] = latent.reshape(-1, latent.shape[-1]).to(slots.dtype)
-        return slots[self.table]
+    def exchange(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Write c_kv [B, Q, R] and k_rope [B, Q, P] of `layer`, then read the context back [B, S, R], [B, S, P]."""
+        latents: Latents = self.cache.layers[layer]
+        latents.write(self.write.reshape(-1), c_kv.flatten(0, 1), k_rope.flatten(0, 1))
+        return latents.read(self.table, c_kv.dtype)

@@ -122,4 +122,5 @@ def _made(shard: list[Piece], path: Path, on_bytes: Callable[[int], None]) -> It
         for name, tensor in piece.make().items():
             check_finite(name, tensor, path)
             yield name, tensor
+            del tensor  # before the next is made
         on_bytes(piece.nbytes)

@@ -43,7 +43,7 @@ LLAMA3 = frozenset("type rope_type factor original_max_position_embeddings low_f
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` that transformers and vLLM read."""
     data = to_dict(config)
-    plain, dense = config.kv_lora_rank is None, not config.n_routed_experts
+    plain, dense = config.kv_lora_rank is None, config.model_type in ("llama", "qwen2")
     hidden = (MLA if plain else PLAIN) | (EXPERTS if dense else frozenset())
     hidden |= {key for key, released in OURS.items() if data[key] == released}
     data = {key: value for key, value in data.items() if key not in hidden}

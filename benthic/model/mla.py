@@ -70,16 +70,15 @@ class MLA(nn.Module):
     def cached(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, view: CacheView) -> Tensor:
         """Absorbed attention of Q new tokens at `positions` [B, Q] over the cached context, which gets them first."""
         q_nope, q_rope = self.queries(x, cos, sin)
-        context = view.exchange(self.layer, torch.cat(self.latents(x, cos, sin), -1)).to(x.dtype)  # [B, S, R + P]
+        c_kv, k_rope = view.exchange(self.layer, *self.latents(x, cos, sin))  # [B, S, R], [B, S, P]
         w_uk, w_uv = (
             self.kv_b_proj.weight.to(x.dtype)
             .unflatten(0, (self.heads, -1))
             .split([self.query_sizes[0], self.value_size], 1)
         )  # [H, D, R], [H, V, R]
-        q_latent = torch.einsum("bqhd,hdr->bqhr", q_nope, w_uk)  # W^UK absorbed into the query
-        q = torch.cat((q_latent, q_rope), -1)  # [B, Q, H, R + P]
-        scores = torch.einsum("bqhc,bsc->bhqs", q, context).float() * self.scale  # [B, H, Q, S]
-        visible = torch.arange(context.shape[1], device=x.device) <= positions.unsqueeze(-1)  # [B, Q, S]
+        q = torch.cat((torch.einsum("bqhd,hdr->bqhr", q_nope, w_uk), q_rope), -1)  # W^UK absorbed into the query
+        scores = torch.einsum("bqhc,bsc->bhqs", q, torch.cat((c_kv, k_rope), -1)).float() * self.scale  # [B, H, Q, S]
+        visible = torch.arange(c_kv.shape[1], device=x.device) <= positions.unsqueeze(-1)  # [B, Q, S]
         weights = scores.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1).to(x.dtype)
-        o_latent = torch.einsum("bhqs,bsr->bqhr", weights, context[..., : self.latent_sizes[0]])
+        o_latent = torch.einsum("bhqs,bsr->bqhr", weights, c_kv)
         return self.o_proj(torch.einsum("bqhr,hvr->bqhv", o_latent, w_uv).flatten(-2))  # W^UV absorbed into the output

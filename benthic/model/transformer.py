@@ -38,7 +38,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         dispatcher = dispatcher or LocalDispatcher()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # given, since drawing one on meta takes a second
+        self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(config, i, dispatcher) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:

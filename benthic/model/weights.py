@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benthic.base.errors import CheckpointError
-from benthic.base.tensors import Spec, TensorFile
+from benthic.base.tensors import Spec, TensorFile, is_finite
 from benthic.kernels.quant import BLOCK, dequantise_blocks
 from benthic.model import native
 
@@ -145,7 +145,7 @@ class Weights:
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in `dtype`. CheckpointError where float16, which ends at 65504, would turn a number into infinity."""
     narrow = tensor.to(dtype)
-    if dtype == torch.float16 and not narrow.isfinite().all():
+    if dtype == torch.float16 and not is_finite(narrow):
         most = tensor.float().abs().max().item()
         raise CheckpointError(f"{name} holds {most:.6g}, float16 ends at 65504 -> use bfloat16 or float32")
     return narrow

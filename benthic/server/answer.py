@@ -26,12 +26,12 @@ class Decoder(Protocol):
 
 
 class Answer:
-    """Token ids in, pieces out."""
+    """Token ids in, pieces out. `thinks`: the prompt has already begun a thought, as R1's does."""
 
-    def __init__(self, decoder: Decoder, stop: Iterable[str]):
+    def __init__(self, decoder: Decoder, stop: Iterable[str], thinks: bool = False):
         self._decoder = decoder
         self._cutter = Cutter(stop)
-        self._splitter = Splitter()
+        self._splitter = Splitter(thinks)
         self.tokens = 0  # up to the end, or to the one that completes a stop string
 
     @property
@@ -80,11 +80,12 @@ class Cutter:
 
 
 class Splitter:
-    """An answer that begins with `<think>` is reasoning up to `</think>` and content after it; any other is content."""
+    """Text that begins with `<think>`, or after it, is reasoning up to `</think>` and content after it; any other is
+    content."""
 
-    def __init__(self) -> None:
+    def __init__(self, thinks: bool) -> None:
         self._text = ""
-        self._state = "start"
+        self._state = "reasoning" if thinks else "start"
 
     def feed(self, text: str) -> Piece:
         """What is certain of `text` and what was held back."""

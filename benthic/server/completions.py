@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,13 @@ from starlette.requests import Request
 from benthic.base.errors import InputError
 from benthic.inference.config import SamplingParams
 from benthic.inference.request import Request as Generation
-from benthic.server.answer import Answer, Piece
+from benthic.server.answer import Answer, Decoder, Piece
 from benthic.server.auth import Message, Receive, Scope, Send
 from benthic.server.limits import LIMITS
 from benthic.server.protocol import DONE, ApiError, ChatRequest, Reply, dump, event, parse_chat, usage
 from benthic.server.worker import Stream, Worker
 from benthic.tokenizer import chat
+from benthic.tokenizer.runs import Rendered
 from benthic.tokenizer.stream import TextStream
 from benthic.tokenizer.templates import ThinkingRefused
 from benthic.tokenizer.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Service:
     thinking: bool | None = None  # where a request leaves it open; None: the chat template's own way
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def prepare(self, ask: ChatRequest) -> Generation:
+    async def prepare(self, ask: ChatRequest) -> tuple[Rendered, Generation]:
         """Render the conversation, in a thread because a long one takes a while. ApiError 400 where it does not fit."""
         thinking = self.thinking if ask.thinking is None else ask.thinking
         try:
@@ -55,7 +56,7 @@ class Service:
             top_p=ask.top_p,
             seed=secrets.randbits(63) if ask.seed is None else ask.seed,
         )
-        return Generation(prompt_token_ids=list(prompt.ids), params=params)
+        return prompt, Generation(prompt_token_ids=list(prompt.ids), params=params)
 
 
 class Chat:
@@ -74,18 +75,42 @@ class Chat:
 
     async def _answer(self, ask: ChatRequest, stream: Stream, send: Send) -> None:
         service = self._service
-        generation = await service.prepare(ask)
-        prompt = len(generation.prompt_token_ids)
+        prompt, generation = await service.prepare(ask)
         stream.start(generation)
-        pieces = _pieces(stream, Answer(TextStream(service.tokenizer, skip_special=True), ask.stop))
+        decoder = WithoutLead(TextStream(service.tokenizer, skip_special=True), prompt.lead)
+        pieces = _pieces(stream, Answer(decoder, ask.stop, prompt.thinks))
         reply = Reply(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=service.name)
         try:
             if ask.stream:
-                await _send_events(reply, pieces, prompt, ask.include_usage, send)
+                await _send_events(reply, pieces, len(prompt.ids), ask.include_usage, send)
             else:
-                await _send_whole(reply, pieces, prompt, send)
+                await _send_whole(reply, pieces, len(prompt.ids), send)
         except TimeoutError:
             return  # a client that does not read loses its answer
+
+
+class WithoutLead:
+    """A decoder that leaves out what the chat format has every answer begin with (V1's blank).
+
+    Clients send answers back as messages, and the format would write it again.
+    """
+
+    def __init__(self, decoder: Decoder, lead: str):
+        self._decoder, self._lead = decoder, lead
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """Text of `ids`."""
+        return self._bare(self._decoder.feed(ids))
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        return self._bare(self._decoder.finish())
+
+    def _bare(self, text: str) -> str:
+        if not text:
+            return text
+        lead, self._lead = self._lead, ""
+        return text.removeprefix(lead)
 
 
 Pieces = AsyncIterator[tuple[Piece, int, str]]

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from benthic.base.errors import BenthicError, CheckpointError
 from benthic.base.files import sha256_file
-from benthic.base.tensors import TensorFile, write_tensors
+from benthic.base.tensors import Spec, TensorFile, write_stream, write_tensors
 
 DTYPES = [
     torch.float64,
@@ -115,6 +116,63 @@ def test_a_file_cut_short_anywhere_is_named(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors is not a whole safetensors file"):
         TensorFile(path)
+
+
+A, B = ({"dtype": "F32", "shape": [2], "data_offsets": at} for at in ([0, 8], [8, 16]))
+HEADERS = {
+    "a hole": {"a": A, "b": B | {"data_offsets": [12, 20]}},
+    "an overlap": {"a": A, "b": B | {"data_offsets": [4, 12]}},
+    "bytes that nobody owns": {"a": A},
+    "data beyond the end": {"a": A, "b": B, "c": B | {"data_offsets": [16, 24]}},
+    "a shape of another size": {"a": A | {"shape": [3]}, "b": B},
+    "a negative shape": {"a": A | {"shape": [-1, -2]}, "b": B},
+    "a shape of words": {"a": A | {"shape": "2"}, "b": B},
+    "an unknown dtype": {"a": A | {"dtype": "F4"}, "b": B},
+    "negative places": {"a": A | {"data_offsets": [-8, 0]}, "b": B},
+    "missing keys": {"a": {"dtype": "F32"}, "b": B},
+    "a list": [A, B],
+    "no table": {"a": 3, "b": B},
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
+def test_a_header_that_does_not_describe_the_file_to_its_last_byte_is_refused(tmp_path: Path, header: object) -> None:
+    path = tmp_path / "x.safetensors"
+
+    def write(value: object) -> None:
+        head = json.dumps(value).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(16))
+
+    write(header)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is not a whole safetensors file"):
+        TensorFile(path)
+    write({"__metadata__": {"format": "pt"}, "b": B, "a": A})  # the control: the same file with a true header
+    assert TensorFile(path).names == ["a", "b"]
+
+
+def test_a_header_longer_than_the_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="a header of 4611686018427387904 bytes in a file of 10"):
+        TensorFile(path)
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_named_with_the_tensor(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {"a": example(torch.float32, 64)})
+    file = TensorFile(tmp_path / "x")
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="x ends inside of a"):
+        file["a"]
+
+
+def test_a_stream_that_is_not_what_was_announced_is_refused(tmp_path: Path) -> None:
+    specs = {"a": Spec(torch.float32, (3,)), "b": Spec(torch.bfloat16, (2,))}
+    a, b = example(torch.float32, 3), example(torch.bfloat16, 2)
+    write_stream(tmp_path / "x", specs, [("a", a), ("b", b)])
+    assert same(TensorFile(tmp_path / "x")["b"], b)
+    for wrong in ([("b", b), ("a", a)], [("a", a)], [("a", a), ("b", b.float())], [("a", a), ("b", b), ("c", b)]):
+        with pytest.raises(ValueError, match=r"announced|shorter|longer"):
+            write_stream(tmp_path / "x", specs, wrong)
 
 
 def test_a_folder_that_does_not_exist_is_an_error_with_the_path(tmp_path: Path) -> None:

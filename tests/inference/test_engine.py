@@ -101,13 +101,14 @@ def test_what_is_not_owned_is_never_read(model, prompts, speculative):
 
 
 def poison(engine: Engine) -> None:
-    latents, size = engine.runner.cache.latents, engine.config.page_size
-    keep = torch.zeros(latents.shape[1], dtype=torch.bool)
+    layers, size = engine.runner.cache.layers, engine.config.page_size
+    keep = torch.zeros(len(layers[0].c_kv), dtype=torch.bool)
     for seq in engine.scheduler.running:
         keep[[seq.pages[i // size] * size + i % size for i in range(seq.computed)]] = True
     for page in engine.scheduler.pool.findable:
         keep[page * size : (page + 1) * size] = True
-    latents[:, ~keep] = math.nan
+    for layer in layers:
+        layer.c_kv[~keep], layer.k_rope[~keep] = math.nan, math.nan
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -116,7 +117,8 @@ def test_poison_where_it_is_read_is_noticed(model, prompts, temperature):
     engine = Engine(model, None)
     engine.add(Request(prompt_token_ids=prompts[0], params=SamplingParams(temperature=temperature)))
     engine.step()
-    engine.runner.cache.latents[:, engine.config.page_size] = math.nan
+    for layer in engine.runner.cache.layers:
+        layer.c_kv[engine.config.page_size] = math.nan
     with pytest.raises(BenthicError, match="not finite"):
         engine.step()
     engine.abort(0)

@@ -132,12 +132,17 @@ def test_other_shapes_decode_equally(
     check(model, decoding)
 
 
+def fill(cache: LatentCache, slots: Tensor | slice, value: float) -> None:
+    for layer in cache.layers:
+        layer.c_kv[slots], layer.k_rope[slots] = value, value
+
+
 @torch.no_grad()
 def test_slots_that_belong_to_nobody_are_never_read_even_if_they_hold_nan(model: Transformer) -> None:
     decoding = Decoding(model, prompts(9, 5), table_padding="first slot")
     poisoned = torch.ones(SLOTS, dtype=torch.bool)
     poisoned[decoding.used()] = False
-    decoding.cache.latents[:, poisoned] = torch.nan  # slot 0 too: its only readers are padding tokens
+    fill(decoding.cache, poisoned, torch.nan)  # slot 0 too: its only readers are padding tokens
     decoding.run([[4, 1], [5, 4]])
     check(model, decoding)
 
@@ -146,7 +151,7 @@ def test_slots_that_belong_to_nobody_are_never_read_even_if_they_hold_nan(model:
 def test_slots_of_other_rows_are_never_read_even_if_they_hold_nan(model: Transformer) -> None:
     decoding = Decoding(model, prompts(9, 5), table_padding="first slot")
     decoding.feed([4, 5])
-    decoding.cache.latents[:, decoding.slots[1]] = torch.nan  # row 1 is finished; row 0 goes on beside its padding
+    fill(decoding.cache, decoding.slots[1], torch.nan)  # row 1 is finished; row 0 goes on beside its padding
     decoding.rows, decoding.slots, decoding.fill = decoding.rows[:1], decoding.slots[:1], decoding.fill[:1]
     decoding.done, first = decoding.done[:1], decoding.hidden[0]
     decoding.feed([5])
@@ -158,7 +163,7 @@ def test_slots_of_other_rows_are_never_read_even_if_they_hold_nan(model: Transfo
 def test_positions_after_the_token_are_masked_whatever_their_slots_hold(model: Transformer) -> None:
     (row,) = prompts(10)
     decoding = Decoding(model, [row])
-    decoding.cache.latents[:] = 1e4  # stale latents of an earlier owner
+    fill(decoding.cache, slice(None), 1e4)  # stale latents of an earlier owner
     decoding.feed([6])
     whole = decoding.slots[0].unsqueeze(0)  # the table already names the four slots that are still to come
     view = CacheView(decoding.cache, whole[:, 6:7], whole)
@@ -171,7 +176,8 @@ def test_positions_after_the_token_are_masked_whatever_their_slots_hold(model: T
 def test_the_cache_is_really_read(model: Transformer) -> None:
     decoding = Decoding(model, prompts(6))
     decoding.feed([5])
-    decoding.cache.latents[:, decoding.slots[0][2]] += 1
+    for layer in decoding.cache.layers:
+        layer.c_kv[decoding.slots[0][2]] += 1
     decoding.feed([1])
     with pytest.raises(AssertionError):
         check(model, decoding)
@@ -181,9 +187,10 @@ def test_the_cache_is_really_read(model: Transformer) -> None:
 def test_each_layer_owns_one_row_of_the_cache_and_writes_nothing_else(model: Transformer) -> None:
     decoding = Decoding(model, prompts(7))
     decoding.run([[7]])
-    latents, c = decoding.cache.latents, model.config
-    assert latents.shape == (c.num_hidden_layers + c.num_nextn_predict_layers, SLOTS, c.kv_lora_rank + 4)
-    written = latents.abs().sum(-1) > 0  # [layers, slots]
+    layers, c = decoding.cache.layers, model.config
+    assert len(layers) == c.num_hidden_layers + c.num_nextn_predict_layers
+    assert all(x.c_kv.shape == (SLOTS, c.kv_lora_rank) and x.k_rope.shape == (SLOTS, 4) for x in layers)
+    written = [(x.c_kv.abs().sum(-1) > 0) & (x.k_rope.abs().sum(-1) > 0) for x in layers]  # [layers][slots]
     expected = torch.zeros(SLOTS, dtype=torch.bool)
     expected[decoding.used()] = True
     assert all(torch.equal(row, expected) for row in written)

@@ -98,7 +98,8 @@ def test_folders_of_transformers_load_and_agree(tmp_path: Path, member: Transfor
 def test_the_cached_form_equals_the_expanded_one(member: Transformer, chunk: int) -> None:
     ids = ids_of(2, 35)
     cache = LatentCache(member.config, 71, "cpu", torch.float32)
-    assert cache.latents.shape[-1] == member.config.cache_width
+    (c_kv, k_rope), c = (cache.layers[0].c_kv, cache.layers[0].k_rope), member.config
+    assert c_kv.shape[-1] + k_rope.shape[-1] == c.cache_width
     slots = torch.arange(1, 71).view(2, 35)
     parts = []
     for a in range(0, 35, chunk):

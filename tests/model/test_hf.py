@@ -347,3 +347,17 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder: Path) -> No
     tokenizer.save(folder)
     with pytest.raises(InputError, match=r"the tokenizer has 280 ids, the model vocab_size=61"):
         hf.load(folder, device="cpu")
+
+
+def test_a_dense_model_in_a_layout_of_mixtures_survives_a_round_trip(tiny, build, tmp_path) -> None:
+    """All layers dense is a choice of `first_k_dense_replace`, not of the layout."""
+    dense = dataclasses.replace(
+        tiny, n_routed_experts=0, first_k_dense_replace=tiny.num_hidden_layers, num_nextn_predict_layers=0
+    )
+    for kind in ("deepseek_v3", "deepseek_v2"):
+        config = dataclasses.replace(dense, model_type=kind, topk_method="noaux_tc")
+        model = build(config)
+        hf.write_model(tmp_path / kind, model, None)
+        again, _ = hf.load(tmp_path / kind, device="cpu")
+        assert again.config == config
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))

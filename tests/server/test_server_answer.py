@@ -16,8 +16,8 @@ class Letters:
         return ""
 
 
-def whole(pieces, stop=()):
-    answer = Answer(Letters(), stop)
+def whole(pieces, stop=(), thinks=False):
+    answer = Answer(Letters(), stop, thinks)
     parts = [answer.feed([ord(c) for c in piece]) for piece in pieces] + [answer.finish()]
     return Piece("".join(p.reasoning for p in parts), "".join(p.content for p in parts)), answer.stopped
 
@@ -29,6 +29,12 @@ def test_text_without_tags_is_content():
 def test_reasoning_ends_at_the_closing_tag():
     assert whole(["<think>a < b</", "think>yes"])[0] == Piece("a < b", "yes")
     assert whole(["<th", "ink>so", "</think>", "</think>"])[0] == Piece("so", "</think>")
+
+
+def test_a_thought_that_the_prompt_began_is_reasoning_up_to_its_end():
+    assert whole(["so", "</thi", "nk>yes"], thinks=True)[0] == Piece("so", "yes")
+    assert whole(["so"], thinks=True)[0] == Piece("so", "")
+    assert whole(["so</think>yes"])[0] == Piece("", "so</think>yes")
 
 
 def test_reasoning_that_never_ends_is_all_reasoning():

@@ -98,6 +98,36 @@ def test_the_same_conversation_is_the_same_prompt_and_the_same_answer_everywhere
     assert len(by_library[0]) == 50
 
 
+def test_an_answer_sent_back_is_in_the_next_prompt_as_it_was_generated(launch, engine):
+    """V1 has answers begin with a blank, which its template writes by itself before a message."""
+    tokenizer = bpe.train(["hello world, this is a test of the server."], 280, pretokenizer="v1")
+    engine.script = [*tokenizer.encode(" hello world"), tokenizer.eos_id]
+    server = launch(tokenizer=tokenizer)
+    ask = [{"role": "user", "content": "hi"}]
+    for stream in (False, True):
+        answer = server.client.chat.completions.create(model="tiny", messages=ask, stream=stream)
+        parts = [chunk.choices[0].delta for chunk in answer] if stream else [answer.choices[0].message]
+        content = "".join(part.content or "" for part in parts)
+        assert content == "hello world"
+        first = engine.requests[-1].prompt_token_ids
+        again = [*ask, {"role": "assistant", "content": content}, *ask]
+        server.client.chat.completions.create(model="tiny", messages=again)
+        said = [*first, *engine.script]
+        assert engine.requests[-1].prompt_token_ids[: len(said)] == said
+
+
+def test_reasoning_is_told_from_content_where_the_prompt_begins_the_thought(launch, engine, tokenizer):
+    for name, thinking, parts in (("r1", True, ("so", "yes")), ("v3.1", True, ("so", "yes")), ("v3.1", False, None)):
+        chosen = tokenizer.with_template(name)
+        engine.script = [*chosen.encode("so"), chosen.id_of("</think>"), *chosen.encode("yes"), chosen.eos_id]
+        answer = launch(tokenizer=chosen, thinking=thinking).client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}]
+        )
+        message = answer.choices[0].message
+        found = (getattr(message, "reasoning_content", None), message.content)
+        assert found == (parts or (None, "so</think>yes"))
+
+
 def prompt_of(server, engine, **fields) -> list[int]:
     server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], **fields)
     return engine.requests[-1].prompt_token_ids

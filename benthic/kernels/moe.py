@@ -1,0 +1,132 @@
+"""The mixture of experts for inference: experts, then the weighted sum per token.
+
+The experts' products come in one of three ways, `Rows` for very few tokens, `Tiles` for more, `Sorted` for thousands;
+what they leave is one output per token and chosen expert, rounded as the model rounds it. One small kernel, a program
+per token, then sums in the order of the slots, rounds where the model does (gate weights, routed sum, plus shared, plus
+residual), and norms the result for the next layer where that is asked for. Bytes: see the three files; the sum moves
+N (K + 2) d elements. Nothing is added atomically and nothing is synchronised with the host: results repeat bit for bit,
+and the calls may stand in a CUDA graph.
+
+Letters as in moe_weights.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from benthic.kernels.moe_rows import Rows
+from benthic.kernels.moe_sorted import Sorted
+from benthic.kernels.moe_tiles import Tiles
+from benthic.kernels.moe_weights import ExpertWeights, moe_ref
+
+__all__ = ["ExpertWeights", "Rows", "Sorted", "Tiles", "choose_tiles", "moe", "moe_norm", "moe_ref"]
+
+
+@triton.jit
+def _combine(
+    y, place, shared, topk_weights, residual, norm_weight, out, normed, eps, stride_r, D: tl.constexpr,
+    K: tl.constexpr, SHARED: tl.constexpr, PLACED: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = d < D
+    dtype: tl.constexpr = y.dtype.element_ty
+    slots: tl.constexpr = K + SHARED
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]  unrolled: all loads at once
+        weight = tl.load(topk_weights + token * K + k).to(dtype).to(tl.float32)
+        row = tl.load(place + token * K + k) if PLACED else token * slots + k
+        total += weight * tl.load(y + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    if SHARED:
+        last = shared + token * D if PLACED else y + (token * slots + K) * D
+        total = tl.load(last + d, mask=inside, other=0.0).to(tl.float32) + total.to(dtype).to(tl.float32)
+    if ADD:
+        rest = tl.load(residual + token * stride_r + d, mask=inside, other=0.0).to(tl.float32)
+        total = rest + total.to(dtype).to(tl.float32)
+    rounded = total.to(dtype)
+    tl.store(out + token * D + d, rounded, mask=inside)
+    if NORM:
+        value = rounded.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+        weight = tl.load(norm_weight + d, mask=inside, other=0.0).to(tl.float32)
+        tl.store(normed + token * D + d, (value * scale * weight).to(dtype), mask=inside)
+
+
+def choose_tiles(n: int, k: int, e: int, fp8: bool) -> Rows | Tiles | Sorted:
+    """The way and its block sizes for N tokens, by the pairs that an expert gets on average: tiles are no taller than
+    will be filled, because empty rows cost operations, and no flatter, because each tile reads its expert's weights
+    again. Measured on an H200 with V2-Lite's shape."""
+    pairs = n * k / e
+    if n <= 4:
+        return Rows(up_block=8, up_chunk=2048, down_block=8) if fp8 else Rows()
+    if pairs <= 16:
+        return Tiles()
+    if pairs <= 32:
+        return Tiles(block_m=32) if fp8 else Tiles(block_m=32, up_n=128, down_n=128, down_k=64, num_stages=3)
+    if pairs <= 64:
+        return Tiles(block_m=64, up_n=64, up_k=64, down_n=128, down_k=64)
+    if fp8:  # a partial sum per block of factors beside the whole one: half the columns, or registers run out
+        return Tiles(block_m=128, up_n=64, up_k=64, down_n=128, down_k=64, num_warps=8)
+    if pairs <= 96:
+        return Tiles(block_m=128, up_n=128, up_k=64, down_n=256, down_k=64, num_warps=8, num_stages=3)
+    return Sorted()
+
+
+def _experts_and_sum(
+    x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
+    norm_weight: Tensor | None, eps: float, tiles: Rows | Tiles | Sorted | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (n, d), (_, k) = x.shape, topk_ids.shape
+    _check(x, weights, topk_ids, topk_weights, residual, norm_weight)
+    out = torch.empty(n, d, dtype=x.dtype, device=x.device)
+    normed = out if norm_weight is None else torch.empty_like(out)
+    if n == 0:
+        return normed, out
+    tiles = tiles or choose_tiles(n, k, len(weights.down_proj), weights.fp8)
+    place, shared = None, None
+    if isinstance(tiles, Sorted):
+        y, place, shared = tiles.outputs(x, weights, topk_ids)
+    else:
+        y = tiles.outputs(x, weights, topk_ids)
+    block = triton.next_power_of_2(d)
+    _combine[(n,)](
+        y, y if place is None else place, y if shared is None else shared, topk_weights,
+        x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps, 0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
+        PLACED=place is not None, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return normed, out
+
+
+def moe(
+    x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None,
+    *, tiles: Rows | Tiles | Sorted | None = None,
+) -> Tensor:  # fmt: skip
+    """x [N, d], topk_ids [N, K] int32, topk_weights [N, K] float32 -> shared + routed experts (+ residual [N, d])."""
+    return _experts_and_sum(x, weights, topk_ids, topk_weights, residual, None, 0.0, tiles)[1]
+
+
+def moe_norm(
+    x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor, norm_weight: Tensor,
+    eps: float, *, tiles: Rows | Tiles | Sorted | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(RMSNorm of what `moe` returns, what `moe` returns), as `add_rms_norm` would return them."""
+    return _experts_and_sum(x, weights, topk_ids, topk_weights, residual, norm_weight, eps, tiles)
+
+
+def _check(
+    x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
+    norm_weight: Tensor | None,
+) -> None:  # fmt: skip
+    (n, d), wide = x.shape, weights.down_proj.shape[1]
+    if d != wide or x.stride(1) != 1 or (not weights.fp8 and x.dtype != weights.down_proj.dtype):
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit weights of {wide} in {weights.down_proj.dtype}")
+    if topk_ids.shape != topk_weights.shape or len(topk_ids) != n:
+        raise ValueError(f"ids {tuple(topk_ids.shape)} and weights {tuple(topk_weights.shape)} for {n} tokens")
+    if topk_ids.dtype != torch.int32 or not topk_ids.is_contiguous() or not topk_weights.is_contiguous():
+        raise ValueError(f"ids must be int32 and contiguous, like the weights, not {topk_ids.dtype}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1):
+        raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} does not fit x {tuple(x.shape)} {x.dtype}")
+    if norm_weight is not None and (norm_weight.shape != (d,) or not norm_weight.is_contiguous()):
+        raise ValueError(f"norm weight {tuple(norm_weight.shape)} does not fit rows of {d}")

@@ -1,0 +1,161 @@
+"""The list of kernels computes what the model computes: prompts, chunks with a context, decode rows, drafts."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from benthic.model.cache import LatentCache
+from benthic.model.config import ModelConfig, RopeScaling
+from benthic.model.init import initialise
+from benthic.model.transformer import Transformer
+
+fused = pytest.importorskip("benthic.inference.fused", reason="needs triton")
+
+PAGE = 16
+V3 = ModelConfig(
+    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=64,
+    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, intermediate_size=40, moe_intermediate_size=16,
+    n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+    max_position_embeddings=256,
+    rope_scaling=RopeScaling(type="yarn", factor=4, original_max_position_embeddings=32, mscale_all_dim=0.7),
+)  # fmt: skip
+V2 = dataclasses.replace(
+    V3, model_type="deepseek_v2", q_lora_rank=None, scoring_func="softmax", topk_method="group_limited_greedy",
+    norm_topk_prob=False, n_shared_experts=2, num_nextn_predict_layers=0,
+)  # fmt: skip
+
+
+def build(config: ModelConfig, device: str) -> Transformer:
+    """float32 in the interpreter, bfloat16 on a GPU; norms away from one, gate biases of both signs."""
+    model = initialise(Transformer(config), std=0.2, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+        for gate in model.gates():
+            if gate.e_score_correction_bias is not None:
+                gate.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=generator) * 0.3)
+    model.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return model.to(device, model.dtype).eval()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Rounding to bfloat16 may send a token to other experts, so there the norm of the error is bounded."""
+    if found.dtype == torch.bfloat16:
+        assert (found - expected).norm() / expected.norm() < 0.05
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def tensor(values: list, device: str, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+class Rows:
+    """Sequences in pages of their own, computed step by step through `fused`."""
+
+    def __init__(self, model: Transformer, lengths: list[int], device: str):
+        generator = torch.Generator().manual_seed(1)
+        self.ids = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in lengths]
+        self.pages = [[1 + 4 * i + j for j in (2, 0, 3, 1)] for i in range(len(lengths))]
+        self.cache = LatentCache(model.config, PAGE * (1 + 4 * len(lengths)), device, model.dtype)
+        for layer in self.cache.layers:
+            layer.c_kv.fill_(torch.nan), layer.k_rope.fill_(torch.nan)
+        self.forward, self.device = fused.Fused(model, self.cache, PAGE), device
+        self.done = [0] * len(lengths)
+
+    def slots(self, row: int, start: int, end: int) -> list[int]:
+        return [self.pages[row][t // PAGE] * PAGE + t % PAGE for t in range(start, end)]
+
+    def tokens(self, decode: dict[int, int], prompts: dict[int, int]):
+        """decode: row -> its new tokens (the same number each); prompts: row -> length of its chunk."""
+        plan = [*decode.items(), *prompts.items()]
+        ids, positions, slots = [], [], []
+        for row, count in plan:
+            ids += self.ids[row][self.done[row] : self.done[row] + count]
+            positions += range(self.done[row], self.done[row] + count)
+            slots += self.slots(row, self.done[row], self.done[row] + count)
+        some, chunks = None, None
+        if decode:
+            table = tensor([self.pages[row] for row in decode], self.device, torch.int32)
+            context = tensor([self.done[row] + count for row, count in decode.items()], self.device, torch.int32)
+            some = fused.Decode(len(decode), max(decode.values()), table, context)
+        if prompts:
+            first = tensor([0, *prompts.values()], self.device, torch.int32).cumsum(0, dtype=torch.int32)
+            pieces = []
+            if any(self.done[row] for row in prompts):
+                half = {row: self.done[row] // 2 for row in prompts}  # the context in two pieces
+                for ranges in ({r: (0, h) for r, h in half.items()}, {r: (h, self.done[r]) for r, h in half.items()}):
+                    held = [s for row, (a, b) in ranges.items() for s in self.slots(row, a, b)]
+                    starts = tensor([0, *(b - a for a, b in ranges.values())], self.device, torch.int32)
+                    pieces.append(fused.Piece(tensor(held, self.device), starts.cumsum(0, dtype=torch.int32)))
+            chunks = fused.Prefill(first, max(prompts.values()), pieces)
+        for row, count in plan:
+            self.done[row] += count
+        device = self.device
+        return fused.Tokens(tensor(ids, device), tensor(positions, device), tensor(slots, device), some, chunks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [V3, V2], ids=["V3", "V2"])
+def test_prompts_chunks_and_decode_rows_equal_the_model(config, device) -> None:
+    model = build(config, device)
+    rows = Rows(model, [21, 9, 30], device)
+    expected = [model.hidden(tensor([ids], device))[0][0] for ids in rows.ids]
+    found: list[list[Tensor]] = [[], [], []]
+    for decode, prompts in [({}, {0: 19, 1: 5}), ({1: 1}, {2: 7}), ({0: 1, 1: 1}, {2: 9}), ({0: 1, 1: 1}, {2: 14})]:
+        hidden = rows.forward.hidden(rows.tokens(decode, prompts))
+        parts = hidden.split([*decode.values(), *prompts.values()])
+        for row, part in zip([*decode, *prompts], parts):
+            found[row].append(part)
+    for row in range(3):
+        close(torch.cat(found[row]), expected[row][: rows.done[row]])
+
+
+@torch.no_grad()
+def test_several_queries_of_a_row_see_each_other_causally(device) -> None:
+    model = build(V3, device)
+    rows = Rows(model, [20, 12], device)
+    rows.forward.hidden(rows.tokens({}, {0: 17, 1: 9}))
+    hidden = rows.forward.hidden(rows.tokens({0: 3, 1: 3}, {}))
+    expected = [model.hidden(tensor([ids], device))[0][0, -3:] for ids in rows.ids]
+    close(hidden, torch.cat(expected))
+
+
+@torch.no_grad()
+def test_the_prediction_module_equals_the_models(device) -> None:
+    model = build(V3, device)
+    rows = Rows(model, [14], device)
+    ids = tensor(rows.ids[0], device)
+    tokens = rows.tokens({}, {0: 13})
+    hidden = rows.forward.hidden(tokens)
+    ahead = rows.forward.mtp_hidden(hidden, ids[1:14], tokens, 0)
+    true = model.hidden(ids[None, :13])[0]
+    close(ahead, model.mtp_hidden(true, ids[None, 1:14])[0][0])
+
+
+@torch.no_grad()
+def test_weights_written_in_place_are_the_next_steps_weights(device) -> None:
+    model = build(V3, device)
+    rows, other = Rows(model, [9], device), build(dataclasses.replace(V3, routed_scaling_factor=2.5), device)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters()):
+            mine.copy_(theirs.flip(0))
+    hidden = rows.forward.hidden(rows.tokens({}, {0: 9}))
+    close(hidden, model.hidden(tensor([rows.ids[0]], device))[0][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"kv_lora_rank": None, "q_lora_rank": None}, "kv_lora_rank=None"), ({"v_head_dim": 12}, "v_head_dim=12")],
+)
+def test_models_that_the_kernels_cannot_compute_are_refused(change, message) -> None:
+    from benthic.base.errors import InputError
+
+    model = Transformer(dataclasses.replace(V3, num_key_value_heads=2, **change))
+    cache = LatentCache(model.config, 16, "cpu", torch.float32)
+    with pytest.raises(InputError, match=message):
+        fused.Fused(model, cache, PAGE)
