@@ -38,11 +38,29 @@ class Rows:
     write: Tensor  # [B, Q] slots of the new tokens
     table: Tensor  # [B, S] slot of every context position; past the row's end its first slot, so no other is ever read
     sampling: Sampling | None  # None when every row is greedy
-    any_greedy: bool
+
+
+def cut(plan: Plan, budget: int) -> list[Plan]:
+    """The plan in parts of like rows: the decode rows, then neighbouring prompts that fit `budget` padded tokens."""
+    ends = [plan.decode] if plan.decode else []
+    longest, begin = 0, plan.decode
+    for row in range(plan.decode, len(plan.seqs)):
+        longest = max(longest, plan.counts[row])
+        if row > begin and (row + 1 - begin) * longest > budget:
+            ends.append(row)
+            longest, begin = plan.counts[row], row
+    ends += [len(plan.seqs)] if begin < len(plan.seqs) else []
+    return [_part(plan, begin, end) for begin, end in zip([0, *ends], ends)]
+
+
+def _part(plan: Plan, begin: int, end: int) -> Plan:
+    rows = slice(begin, end)
+    decode = end - begin if end <= plan.decode else 0
+    return Plan(plan.seqs[rows], plan.counts[rows], plan.starts[rows], plan.sources[rows], decode)
 
 
 def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
-    """Lay the plan out as one int64 array (floats by their bits), copy it, and cut it apart on the device."""
+    """Lay a part of a plan out as one int64 array (floats by their bits), copy it, and cut it apart on the device."""
     q, w = max(plan.counts), max(len(seq.pages) for seq in plan.seqs)
     host = np.array([_row(plan, i, q, w) for i in range(len(plan.seqs))], np.int64)  # [B, Q + 1 + W + 5]
     greedy = [seq.params.greedy for seq in plan.seqs]
@@ -63,7 +81,7 @@ def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
         truncated = any(not s.params.greedy and (s.params.top_k > 0 or s.params.top_p < 1) for s in plan.seqs)
         sampling = Sampling(is_greedy.squeeze(1).bool(), temperature, top_p, top_k.squeeze(1), uniform, truncated)
     return Rows(
-        prefill=plan.prefill,
+        prefill=plan.decode == 0,
         ids=ids[:, :q],
         next_ids=ids[:, 1:],
         counts=counts.squeeze(1),
@@ -72,7 +90,6 @@ def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
         write=write,
         table=table,
         sampling=sampling,
-        any_greedy=any(greedy),
     )
 
 

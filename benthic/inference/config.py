@@ -19,13 +19,16 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Most requests that run at once; the others wait in order of arrival."""
     max_num_batched_tokens: int = 8192
-    """Most tokens of one prefill batch, padding counted. A longer prompt is computed in pieces of this size."""
+    """Most tokens of one step, decode rows and chunks of prompts together. Where it is small, fewer requests than
+    max_num_seqs run at once, so that a quarter of it is left for prompts."""
     max_model_len: int = 0
     """Longest prompt and answer together; 0 takes the model's max_position_embeddings."""
     num_speculative_tokens: int = 0
     """Tokens drafted per step by the first multi-token prediction module: 0 or 1. Greedy requests only."""
     page_size: int = 16
     """Tokens per cache page."""
+    enable_prefix_caching: bool = True
+    """Keep computed pages for later prompts that begin with the same tokens, until their room is needed."""
     num_pages: int = 0
     """Cache pages; 0 takes enough for max_num_seqs requests of max_model_len tokens."""
 

@@ -1,7 +1,7 @@
 """The engine: requests in, tokens out, one `step()` at a time.
 
-It keeps nothing that is derived from the weights except the latents of unfinished requests, so a trainer may change the
-parameters in place whenever no request is unfinished. Not thread-safe: one thread owns an engine.
+It keeps nothing that is derived from the weights except latents, so a trainer may change the parameters in place
+whenever no request is unfinished, and then calls `update_weights`. Not thread-safe: one thread owns an engine.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,6 +69,9 @@ class Engine:
             prompt_len=len(prompt),
             max_len=max_len,
             params=params,
+            priority=request.priority,
+            salt=request.cache_salt,
+            num_drafts=self.config.num_speculative_tokens if params.greedy else 0,
             stop=frozenset((*params.stop_token_ids, *end)),
             uniforms=[] if params.greedy else uniforms(params.seed, max_len - len(prompt)),
         )
@@ -97,21 +100,33 @@ class Engine:
         if not 0 <= request_id < self._next_id:
             raise InputError(f"request {request_id} does not exist -> use an id that add() returned")
         if seq := self._seqs.pop(request_id, None):
-            self.scheduler.abort(seq)
+            self.scheduler.finish(seq, "abort")
             self._aborted.append(seq)
 
+    def update_weights(self) -> None:
+        """The model's parameters have changed: latents computed with the old ones are not used for new requests."""
+        self.scheduler.reset_cache()
+
     def step(self) -> Step:
-        """Run one batch. Without anything to do, the step is empty. After an error, abort every request: the engine is
-        then as good as new, but a step that failed cannot be tried again."""
+        """Run one batch. Without anything to do, the step is empty. After an error it has not happened; where it fails
+        again, abort its requests."""
         finished = list(self._aborted)
         deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
         if self._seqs:
             plan = self.scheduler.plan()
-            result = self.runner.run(plan)
-            grown = self.scheduler.commit(plan, *result)
-            self.stats.count(plan, result.tokens, sum(new for _, new in grown))
+            try:
+                result = self.runner.run(plan)
+            except BaseException:
+                self.scheduler.rollback()
+                raise
+            gained = self.scheduler.commit(plan, result.tokens)
+            self.stats.count(plan, result.tokens, gained)
             self.stats.preemptions = self.scheduler.preemptions
-            for seq, new in grown:
+            for seq, new, scores, drafts in zip(plan.seqs, gained, result.logprobs, result.drafts):
+                if not new:
+                    continue
+                seq.logprobs += scores[:new]
+                seq.drafts = drafts
                 deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
                 if seq.finish_reason:
                     finished.append(self._seqs.pop(seq.request_id))
@@ -153,11 +168,12 @@ class Engine:
             for prompt, p in zip(prompts, each)
             for sample in p.samples()
         ]
+        sample = [k for p in each for k in range(p.n)]
         outputs: dict[int, Output] = {}
         ids: dict[int, int] = {}  # place in the result -> request id
         try:
-            # Longest first: prompts of like length share a prefill batch, and so little of it is padding.
-            for place in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_token_ids)):
+            # The first sample of each prompt first, the others then find it cached; among them the longest first.
+            for place in sorted(range(len(requests)), key=lambda i: (sample[i], -len(requests[i].prompt_token_ids))):
                 ids[place] = self.add(requests[place])
             while self.busy:
                 outputs |= {output.request_id: output for output in self.step().outputs}

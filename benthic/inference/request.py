@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 from benthic.inference.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-NO_DRAFT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,29 +14,55 @@ class Request:
 
     prompt_token_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    """Smaller numbers go first; equal ones in order of arrival."""
+    cache_salt: str = ""
+    """Cached prefixes are shared only among requests with the same salt, so that others cannot time what was asked."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Seq:
-    """A running request. The latents of `ids[:computed]` are in its pages; one uncomputed token means: decode."""
+    """An unfinished request. What was committed is exact: the latents of `ids[:computed]` are in its pages. What is in
+    flight is a bound: once it is committed, between `start` and `start + slack` tokens will be computed. Without steps
+    in flight start = computed and slack = 0."""
 
     request_id: int  # also the order of arrival
     ids: list[int]  # prompt, then answer
     prompt_len: int
     max_len: int  # bound of len(ids)
     params: SamplingParams
+    priority: int = 0
+    salt: str = ""
+    num_drafts: int = 0  # drafts that each of its decode steps verifies
+    min_len: int = 0  # a stop token among ids[:min_len] does not stop
     stop: frozenset[int] = frozenset()
     uniforms: list[float] = field(default_factory=list)  # one per answer position; empty when greedy
+
     pages: list[int] = field(default_factory=list)
     computed: int = 0
-    draft: int = NO_DRAFT  # guess for the token after ids[-1]
+    fill: int = 0  # tokens to compute before it decodes: those that were known when it was admitted
+    published: int = 0  # its first pages that the pool knows by content
+    node: int = 0  # of the last of them
+    cached_tokens: int = -1  # prompt tokens that it found computed at its first admission; -1 before
+
+    flying: int = 0  # steps in flight that hold a row of it
+    start: int = 0
+    slack: int = 0
+    row: int = -1  # its row in the last step
+
+    drafts: list[int] = field(default_factory=list)  # guesses for the tokens after ids[-1]
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | Literal[""] = ""
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who comes first: the smallest priority, then the earliest arrival."""
+        return self.priority, self.request_id
+
     def feed(self, count: int) -> list[int]:
-        """The next `count` tokens to compute; at most one of them is the draft."""
+        """The next `count` tokens to compute, drafts after known ones. Without steps in flight."""
         tokens = self.ids[self.computed : self.computed + count]
-        return tokens if len(tokens) == count else [*tokens, self.draft]
+        return tokens + self.drafts[: count - len(tokens)]
 
 
 class Delta(NamedTuple):

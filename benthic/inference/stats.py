@@ -18,17 +18,17 @@ class Stats:
     accepted: int = 0
     preemptions: int = 0
 
-    def count(self, plan: Plan, chosen: list[list[int]], emitted: int) -> None:
-        """Book one step: `chosen` as verified, `emitted` tokens after stops cut some off."""
+    def count(self, plan: Plan, chosen: list[list[int]], gained: list[int]) -> None:
+        """Book one step: `chosen` as verified, `gained` after stops cut some off. Wasted rows count for nothing."""
         self.steps += 1
-        self.generated_tokens += emitted
-        if plan.prefill:
-            self.prefill_tokens += sum(plan.counts)
-            return
-        self.decode_rows += len(plan.counts)
-        self.decode_tokens += emitted
-        self.drafted += sum(plan.counts) - len(plan.counts)
-        self.accepted += sum(map(len, chosen)) - len(chosen)
+        self.generated_tokens += sum(gained)
+        self.prefill_tokens += sum(plan.counts[plan.decode :])
+        for count, tokens, new in zip(plan.counts[: plan.decode], chosen, gained):
+            if new:
+                self.decode_rows += 1
+                self.decode_tokens += new
+                self.drafted += count - 1
+                self.accepted += len(tokens) - 1
 
     @property
     def acceptance(self) -> float:

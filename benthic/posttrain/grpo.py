@@ -101,6 +101,7 @@ def grpo(
                 batch.extra |= {"old_logprobs": old, "ref_logprobs": ref}
                 gap = max(gap, largest_gap(batch, old))
             metrics = [trainer.step(batch) for batch in batches]
+            engine.update_weights()
             values = trainer.read(metrics[-1]) | summary(rollouts) | {"sampler_gap": gap}
             trainer.run.log(trainer.stage, trainer.steps, values)
             progress.update(

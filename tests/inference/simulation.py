@@ -1,219 +1,362 @@
-"""A pure-Python world around the scheduler: requests arrive, abort and finish; a fake model reads and writes slots.
+"""A pure-Python world around the scheduler: requests arrive, share prefixes, end; steps fail; weights change.
 
-The fake model's next token is a hash of the context that it reads through the pages, so whoever reads a wrong, stale or
-foreign slot gets a wrong answer. Everything follows from one seed.
+The device executes a plan when it is launched; the scheduler learns the tokens when it is committed, up to one step
+later. After every event, and between plan and launch, the invariants hold. Everything follows from one seed.
 """
 
-import inspect
 import random
-import types
-import zlib
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
+
+from shadow import GREEDY, STOP, VOCAB, Device, Life, cold, draft_latent, likeliest, require
 
 from benthic.inference import pages, scheduler
-from benthic.inference.config import EngineConfig, SamplingParams
-from benthic.inference.request import NO_DRAFT, Seq
-
-VOCAB, STOP = 50, 7
-
-
-class Broken(Exception):
-    """An invariant does not hold."""
-
-
-def require(condition: object, what: str) -> None:
-    if not condition:
-        raise Broken(what)
-
-
-def next_token(context: list[int]) -> int:
-    """The fake model, greedy."""
-    return zlib.crc32(bytes(context)) % VOCAB
-
-
-def alone(prompt: list[int], max_len: int) -> list[int]:
-    """What the fake model answers when nobody else is there."""
-    ids = list(prompt)
-    while len(ids) < max_len:
-        ids.append(next_token(ids))
-        if ids[-1] == STOP:
-            break
-    return ids[len(prompt) :]
-
-
-def mutant(old: str, new: str) -> type[scheduler.Scheduler]:
-    """The Scheduler with one place of scheduler.py or pages.py rewritten. The place must exist exactly once."""
-    sources = {module: inspect.getsource(module) for module in (pages, scheduler)}
-    if sum(source.count(old) for source in sources.values()) != 1:
-        raise ValueError(f"{old!r} does not stand exactly once in pages.py and scheduler.py")
-    built = {}
-    for module, source in sources.items():
-        built[module] = types.ModuleType(module.__name__)
-        exec(source.replace(old, new), vars(built[module]))
-    built[scheduler].PagePool = built[pages].PagePool
-    return built[scheduler].Scheduler
+from benthic.inference.request import Seq
 
 
 @dataclass
-class World:
-    """One engine's life. `events` counts arrivals, aborts and steps."""
+class Flight:
+    """A launched step: what each row chose, and the pages that it uses."""
 
-    seed: int
-    scheduler_class: type[scheduler.Scheduler] = scheduler.Scheduler
-    events: int = 0
-    finished: int = 0
-    preemptions: int = 0
-    cells: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> (request, token)
-    live: dict[int, Seq] = field(default_factory=dict)
-    prefilled: bool = False  # the last step was a prefill
-    idle: dict[int, int] = field(default_factory=dict)  # running request -> steps since it computed something
+    plan: scheduler.Plan
+    chosen: list[list[int]]
+    pages: list[list[int]]
 
-    def __post_init__(self) -> None:
-        rng = self.rng = random.Random(self.seed)
-        length, page = rng.choice([8, 24, 40]), rng.choice([1, 2, 3, 4, 8])
-        longest = -(-length // page)
-        self.config = EngineConfig(
-            max_num_seqs=rng.choice([1, 2, 5, 12]),
-            max_num_batched_tokens=rng.choice([1, 3, 8, 30, 100]),
+
+@dataclass
+class Limits:
+    """An EngineConfig that may draft more than one token."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    num_speculative_tokens: int
+    enable_prefix_caching: bool
+
+    @staticmethod
+    def draw(rng: random.Random) -> "Limits":
+        length, page_size = rng.choice([8, 16, 24, 40]), rng.choice([1, 2, 3, 4, 8])
+        longest, rows, drafts = -(-length // page_size), rng.choice([1, 2, 5, 12, 12]), rng.choice([0, 0, 1, 1, 3])
+        return Limits(
+            max_num_seqs=rows,
+            max_num_batched_tokens=rng.choice([1, 3, 8, 30, 100, rows * (1 + drafts), rows * (1 + drafts)]),
             max_model_len=length,
-            page_size=page,
-            num_pages=longest + rng.choice([0, 1, longest, 6 * longest]),
-            num_speculative_tokens=rng.choice([0, 1]),
-        ).resolve(length, 1)
-        self.scheduler = self.scheduler_class(self.config)
+            page_size=page_size,
+            num_pages=longest + rng.choice([0, 1, longest, 4 * longest, 12 * longest]),
+            num_speculative_tokens=drafts,
+            enable_prefix_caching=rng.random() < 0.9,
+        )
+
+
+class World:
+    """One engine's life. `events` counts arrivals, ends from outside, resets, failures, plans and commits."""
+
+    def __init__(self, seed: int, scheduler_class: type[scheduler.Scheduler] = scheduler.Scheduler):
+        self.rng = random.Random(seed)
+        self.limits = Limits.draw(self.rng)
+        self.ahead = self.rng.random() < 0.5  # run one step ahead of the device, mostly
+        self.load = self.rng.choice([0.15, 0.3, 0.6])
+        self.longest = self.rng.choice([3, self.limits.max_model_len])  # prompt
+        self.resets = self.rng.choice([0, 0.005])
+        self.scheduler = scheduler_class(self.limits)
+        self.pool = self.scheduler.pool
+        self.device = Device(self.rng, self.pool)
+        self.given_at = [0] * (1 + self.limits.num_pages)  # when the page lost its last holder
+        self.clock = 0
+        self.version = 0
+        self.lives: dict[int, Life] = {}  # unfinished
+        self.leaving: list[Seq] = []  # finished, with rows in flight
+        self.flights: deque[Flight] = deque()
+        self.talk = [[self.rng.randrange(VOCAB) for _ in range(self.limits.max_model_len)] for _ in range(3)]
         self.next_id = 0
+        self.ready: set[int] = set()  # who decoded before the plan, and was not preempted by it
+        self.events = self.finished = self.hits = self.wasted = 0
+        self._watch()
+
+    def _watch(self) -> None:
+        """See what the scheduler does within one plan: admissions, preemptions, pages taken and given."""
+        s, pool = self.scheduler, self.pool
+        admit, preempt, take, give = s._admit, s._preempt, pool.take, pool.give
+
+        def watched_admit() -> bool:
+            seq = s.waiting[0]
+            admitted = admit()
+            if admitted:
+                self._admitted(seq)
+            return admitted
+
+        def watched_preempt() -> Seq:
+            seq = preempt()
+            require(all(other.rank < seq.rank for other in s.running), "not the last by rank is preempted")
+            require(not seq.flying, "a request is preempted in flight")
+            life = self.lives[seq.request_id]
+            life.values.clear()
+            life.settled = 0
+            self.ready.discard(seq.request_id)
+            return seq
+
+        def watched_take(count: int) -> list[int]:
+            cached = {page: key for page, key in enumerate(pool._keys) if key is not None}
+            taken = take(count)
+            self._taken(taken, cached)
+            return taken
+
+        def watched_give(gone: list[int]) -> None:
+            before = list(gone)
+            give(gone)
+            for page in reversed(before):
+                self.clock += 1
+                self.given_at[page] = self.clock
+
+        s._admit, s._preempt, pool.take, pool.give = watched_admit, watched_preempt, watched_take, watched_give
+
+    @property
+    def preemptions(self) -> int:
+        return self.scheduler.preemptions
+
+    # Events
 
     def run(self, events: int) -> None:
         """Live until `events` have happened, then let everybody finish."""
+        rng = self.rng
         while self.events < events:
             self.events += 1
-            luck = self.rng.random()
-            if luck < 0.25 and len(self.live) < 20:
+            luck = rng.random()
+            if luck < 0.015 and self.lives:
+                self.end(rng.choice(list(self.lives)), "abort")
+            elif luck < 0.015 + self.resets:
+                self.version += 1
+                self.scheduler.reset_cache()
+                require(not self.pool.findable, "a page of other weights can be found")
+            elif luck < 0.025:
+                self.fail()
+            elif luck < self.load and len(self.lives) < 20:
                 self.arrive()
-            elif luck < 0.27 and self.live:
-                self.abort(self.rng.choice(sorted(self.live)))
-            elif self.live:
-                self.step()
+            else:
+                self.advance()
             self.check()
-        left = sum(seq.max_len for seq in self.live.values()) * 10 + 10
-        while self.live:
-            require(left > 0, "requests never end")
+        left = 10 * self.limits.max_model_len * len(self.lives) + 10
+        while self.lives or self.flights:
+            if not left:
+                raise RuntimeError("requests never end")
             left -= 1
-            self.step()
+            self.advance()
             self.check()
-        require(sorted(self.scheduler.pool.free) == list(range(1, self.config.num_pages + 1)), "pages were lost")
 
     def arrive(self) -> None:
-        limit = self.config.max_model_len
-        prompt = [self.rng.randrange(VOCAB) for _ in range(self.rng.randrange(1, limit))]
+        rng, limit = self.rng, self.limits.max_model_len
+        prompt = list(rng.choice(self.talk)[: rng.randrange(0, self.longest)])
+        prompt += [rng.randrange(VOCAB) for _ in range(rng.choice([0, 0, 1, 3, self.longest]))]
+        prompt = prompt[: limit - 1] or [0]
+        max_len = min(limit, len(prompt) + rng.randrange(1, limit))
         seq = Seq(
             request_id=self.next_id,
             ids=list(prompt),
             prompt_len=len(prompt),
-            max_len=min(limit, len(prompt) + self.rng.randrange(1, limit)),
-            params=SamplingParams(temperature=0),
+            max_len=max_len,
+            params=GREEDY,
+            priority=rng.choice([0, 0, 0, -1, 1]),
+            salt=rng.choice(["", "", "", "pepper"]),
+            num_drafts=rng.choice([0, 3, 3, 3]),
+            min_len=rng.choice([0, max_len]),
             stop=frozenset([STOP]),
         )
         self.next_id += 1
-        self.live[seq.request_id] = seq
+        self.lives[seq.request_id] = Life(seq, self.version, list(prompt))
         self.scheduler.add(seq)
 
-    def abort(self, request_id: int) -> None:
-        seq = self.live.pop(request_id)
-        self.idle.pop(request_id, None)
-        self.scheduler.abort(seq)
-        require(not seq.pages, "an aborted request keeps pages")
+    def end(self, request_id: int, reason: str) -> None:
+        """An abort, or a stop string."""
+        seq = self.lives.pop(request_id).seq
+        self.scheduler.finish(seq, reason)
+        self.leaving.append(seq)
 
-    def step(self) -> None:
-        before = {i: (seq.computed, len(seq.ids)) for i, seq in self.live.items()}
-        fits = not self.prefilled and self.head_fits()
+    def fail(self) -> None:
+        """The steps in flight are lost; what they wrote is garbage."""
+        self.scheduler.rollback()
+        for flight in self.flights:
+            for seq in flight.plan.seqs:
+                if life := self.lives.get(seq.request_id):
+                    del life.tokens[len(seq.ids) :], life.values[life.settled :]
+                    life.failed = True
+                    life.drafts = [self.rng.randrange(VOCAB) for _ in range(3)]
+        self.flights.clear()
+
+    def advance(self) -> None:
+        """Plan and launch, or commit."""
+        self.ready = {seq.request_id for seq in self.scheduler.running if seq.start >= seq.fill}
         plan = self.scheduler.plan()
-        self.prefilled = plan.prefill
-        require(plan.seqs, "a step without work")
-        require(plan.prefill or not fits, "a request waits although there is room")
-        require(len({seq.request_id for seq in plan.seqs}) == len(plan.seqs), "a request is planned twice")
-        self.check()
-        if plan.prefill:
-            padded = len(plan.counts) * max(plan.counts)
-            require(padded <= self.config.max_num_batched_tokens, "the prefill batch exceeds its budget")
-        for seq, count in zip(plan.seqs, plan.counts):
-            self.write(seq, count)
-        results = [self.choose(seq, count) for seq, count in zip(plan.seqs, plan.counts)]
-        drafts = [self.guess(seq, chosen) for seq, chosen in zip(plan.seqs, results)]
-        grown = self.scheduler.commit(plan, results, [[0.0] * len(r) for r in results], drafts)
-        for seq, new in grown:
-            require(len(seq.ids) - before[seq.request_id][1] == new > 0, "commit counts other tokens than it adds")
-            if seq.finish_reason:
-                self.finish(seq)
-        self.book_progress(before)
+        if plan.seqs:
+            self.check()
+            self.judge(plan)
+            self.flights.append(self.launch(plan))
+        else:
+            require(self.flights or not self.lives, "a step without work")
+        keep = 1 if self.ahead and plan.seqs and self.rng.random() < 0.9 else 0
+        while len(self.flights) > keep:
+            self.commit()
+
+    # What is planned
+
+    def _admitted(self, seq: Seq) -> None:
+        """A new resident: what it found must be what a cold run writes."""
+        device, life, known = self.device, self.lives[seq.request_id], seq.published
+        require(seq.start < len(seq.ids), "a whole prompt is cached, and nothing is left to compute")
+        life.values = cold(seq.ids[: seq.start], self.version)
+        life.settled = seq.start
+        del life.tokens[len(seq.ids) :]
+        for page in seq.pages[:known]:
+            require(self.device.settled[page], "a page is found before it is computed")
+            require(self.device.salts[page] == seq.salt, "a page is found with another salt")
+        device.compare(device.memory, seq.pages, life.values, "a cached prefix is not what a cold run writes")
+        if self.limits.num_speculative_tokens:
+            drafted = list(map(draft_latent, life.values, seq.ids[1:]))
+            device.compare(device.draft_memory, seq.pages, drafted, "a cached prefix was drafted for other tokens")
+        self.hits += known
+
+    def _taken(self, taken: list[int], cached: dict[int, pages.Key]) -> None:
+        """Unfindable pages go first, then the findable by their age."""
+        evicted = [page for page in taken if page in cached]
+        if evicted:
+            free = self.pool.free
+            require(all(page in cached for page in free), "a cached page goes although another is empty")
+            newest = max(self.given_at[page] for page in evicted)
+            require(all(self.given_at[page] > newest for page in free), "a cached page goes before an older one")
+
+    def judge(self, plan: scheduler.Plan) -> None:
+        """Budget, order and fairness of a plan."""
+        s, limits = self.scheduler, self.limits
+        prompts = sum(plan.counts[plan.decode :])
+        total = sum(plan.counts)
+        require(not s.waiting or s.running[-1].rank < s.waiting[0].rank, "a later request overtakes")
+        require(total <= limits.max_num_batched_tokens, "the budget is exceeded")
+        require(len(s.running) <= limits.max_num_seqs, "more requests run than max_num_seqs")
+        require(min(plan.counts) > 0, "a row does not advance")
+        planned = [seq.request_id for seq in plan.seqs]
+        require(len(set(planned)) == len(planned), "a request is planned twice")
+        ended = {i for i in self.ready if len(self.lives[i].tokens) >= self.lives[i].seq.max_len}
+        require(self.ready - ended <= set(planned[: plan.decode]), "a decode row is starved")
+        waits = any(seq.start < seq.fill for seq in s.running)
+        require(not waits or total == limits.max_num_batched_tokens, "budget is left over, and a prompt waits")
+        require(not waits or prompts >= limits.max_num_batched_tokens // 4, "prompts are starved")
+        require(
+            total == limits.max_num_batched_tokens or not self.head_fits(), "a request waits although there is room"
+        )
+        first = min(self.lives.values(), key=lambda life: life.seq.rank).seq
+        require(first in plan.seqs or first.request_id in ended, "the first by rank is not in the step")
 
     def head_fits(self) -> bool:
         """Whether the first in the queue could be admitted, one page left over for each of the others."""
         s = self.scheduler
-        if not s.waiting or len(s.running) == self.config.max_num_seqs:
+        if not s.waiting or len(s.running) == s.max_rows:
             return False
-        return len(s.pool.free) - -(-len(s.waiting[0].ids) // self.config.page_size) >= len(s.running)
+        return len(self.pool.free) - -(-len(s.waiting[0].ids) // self.limits.page_size) >= len(s.running)
 
-    def book_progress(self, before: dict[int, tuple[int, int]]) -> None:
-        """Every request that held pages before and after moves at least every second step."""
-        running = {seq.request_id for seq in self.scheduler.running}
-        self.idle = {
-            i: 0 if self.live[i].computed != before[i][0] or i not in self.idle else self.idle[i] + 1 for i in running
-        }
-        require(max(self.idle.values(), default=0) < 2, "a running request stands still for two steps")
-        if self.live:
-            first = self.live[min(self.live)]
-            require(first.request_id in running or not self.scheduler.running, "a later request overtakes the earliest")
+    # The device
 
-    def slot(self, seq: Seq, position: int) -> int:
-        require(position < len(seq.pages) * self.config.page_size, "a token has no page")
-        return seq.pages[position // self.config.page_size] * self.config.page_size + position % self.config.page_size
+    def launch(self, plan: scheduler.Plan) -> Flight:
+        """Execute: read the context, write the new latents, choose, draft."""
+        chosen = []
+        used = []
+        for row, (seq, count) in enumerate(zip(plan.seqs, plan.counts)):
+            life = self.lives[seq.request_id]
+            start = plan.starts[row]
+            require(start + 1 < seq.max_len or row >= plan.decode, "a row goes on although it has surely ended")
+            if (source := plan.sources[row]) >= 0:
+                require(
+                    row < plan.decode and self.flights and self.flights[-1].plan.seqs[source] is seq,
+                    "a row continues another request",
+                )
+                start += len(self.flights[-1].chosen[source]) - 1
+            require(start == len(life.values), "a row starts elsewhere than its latents end")
+            require(row >= plan.decode or start == len(life.tokens) - 1, "a prompt decodes")
+            require(start + count <= min(seq.max_len, len(seq.pages) * self.limits.page_size), "a token has no page")
+            chosen.append(self.device.execute(life, start, count, row < plan.decode, self.version))
+            used.append(seq.pages[: -(-(start + count) // self.limits.page_size)])
+        return Flight(plan, chosen, used)
 
-    def write(self, seq: Seq, count: int) -> None:
-        for i, token in enumerate(seq.feed(count)):
-            require(0 <= token < VOCAB, "a token that does not exist is computed")
-            self.cells[self.slot(seq, seq.computed + i)] = (seq.request_id, token)
+    def commit(self) -> None:
+        flight = self.flights.popleft()
+        plan = flight.plan
+        expected = [self.expect(seq, chosen) for seq, chosen in zip(plan.seqs, flight.chosen)]
+        garbage = [self.rng.randrange(VOCAB)]  # what rows within their prompt choose
+        gained = self.scheduler.commit(plan, [tokens or garbage for tokens in flight.chosen])
+        require(gained == [len(tokens) for _, tokens in expected], "commit counts other tokens than it should")
+        for row, (seq, (reason, tokens)) in enumerate(zip(plan.seqs, expected)):
+            life = self.lives.get(seq.request_id)
+            if life is None:
+                self.wasted += 1
+                continue
+            require(seq.finish_reason == reason, "a request ends otherwise than it should")
+            life.settled += len(tokens) if row < plan.decode else plan.counts[row]
+            require(seq.computed == life.settled, "what is computed is counted wrong")
+            for page in flight.pages[row][: life.settled // self.limits.page_size]:
+                self.device.settled[page] = True
+            if reason:
+                self.finish(life)
+            elif tokens and self.rng.random() < 0.01:
+                self.end(seq.request_id, "stop")
 
-    def choose(self, seq: Seq, count: int) -> list[int]:
-        """What the fake model emits after the row's tokens, a draft among them verified."""
-        end = min(seq.computed + count, len(seq.ids))
-        context = []
-        for position in range(seq.computed + count):
-            owner, token = self.cells.get(self.slot(seq, position), (-1, -1))
-            require(owner == seq.request_id, "a slot holds another request's token")
-            context.append(token)
-        chosen = [next_token(context[:end])]
-        if end < len(context) and context[end] == chosen[0]:
-            chosen.append(next_token(context))
-        return chosen
+    def expect(self, seq: Seq, chosen: list[int]) -> tuple[str, list[int]]:
+        """The finish reason and the tokens that this row brings."""
+        if seq.finish_reason:
+            return seq.finish_reason, []
+        length = len(seq.ids)
+        for count, token in enumerate(chosen, 1):
+            if token == STOP and length + count > seq.min_len:
+                return "stop", chosen[:count]
+            if length + count == seq.max_len:
+                return "length", chosen[:count]
+        return "", chosen
 
-    def guess(self, seq: Seq, chosen: list[int]) -> int:
-        """A draft that is right about half of the time."""
-        if not self.config.num_speculative_tokens:
-            return NO_DRAFT
-        right = next_token([*seq.ids, *chosen])
-        return right if self.rng.random() < 0.5 else self.rng.randrange(VOCAB)
-
-    def finish(self, seq: Seq) -> None:
-        answer = seq.ids[seq.prompt_len :]
-        require(answer == alone(seq.ids[: seq.prompt_len], seq.max_len), "the answer is not the one given alone")
-        require(seq.finish_reason == ("stop" if answer[-1] == STOP else "length"), "wrong finish reason")
-        require(len(seq.logprobs) == len(answer), "not one logprob per token")
-        require(not seq.pages, "a finished request keeps pages")
-        del self.live[seq.request_id]
-        self.idle.pop(seq.request_id, None)
+    def finish(self, life: Life) -> None:
+        """The answer must be the one given alone, unless the weights changed in between."""
+        seq = life.seq
+        if life.version == self.version:
+            alone = [likeliest(value) for value in cold(seq.ids[:-1], self.version)]
+            require(seq.ids[seq.prompt_len :] == alone[seq.prompt_len - 1 :], "the answer is not the one given alone")
+        require(0 <= seq.cached_tokens < seq.prompt_len, "cached tokens are counted wrong")
+        del self.lives[seq.request_id]
+        self.leaving.append(seq)
         self.finished += 1
+        if self.rng.random() < 0.3:  # somebody will go on from here
+            tail = [self.rng.randrange(VOCAB) for _ in range(self.limits.max_model_len)]
+            self.talk[self.rng.randrange(3)] = (seq.ids + tail)[: self.limits.max_model_len]
+
+    # Between any two events
 
     def check(self) -> None:
-        """Invariants between any two events."""
-        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
-        owned = [page for seq in running for page in seq.pages]
-        every = sorted(owned + self.scheduler.pool.free)
-        require(every == list(range(1, self.config.num_pages + 1)), "free and owned pages are not all pages, once each")
-        order = [seq.request_id for seq in running] + [seq.request_id for seq in waiting]
-        require(order == sorted(self.live), "a request is lost, doubled or out of order")
-        require(len(running) <= self.config.max_num_seqs, "more requests run than max_num_seqs")
-        require(not any(seq.pages or seq.computed for seq in waiting), "a waiting request owns something")
-        require(all(seq.computed <= len(seq.ids) <= seq.max_len for seq in running), "lengths do not add up")
-        require(not any(seq.finish_reason for seq in running), "a finished request still runs")
-        self.preemptions = self.scheduler.preemptions
+        s, pool = self.scheduler, self.pool
+        flying = {id(seq) for flight in self.flights for seq in flight.plan.seqs}
+        for seq in self.leaving:
+            require(not seq.pages or id(seq) in flying, "a finished request keeps pages")
+        self.leaving = [seq for seq in self.leaving if id(seq) in flying]
+        holders = [0] * (1 + self.limits.num_pages)
+        for seq in s.running + self.leaving:
+            for page in seq.pages:
+                holders[page] += 1
+        require(holders == pool.refs, "references are not holders")
+        require(not holders[pages.TRASH], "the trash page is held")
+        require(
+            len(pool.free) == holders.count(0) - 1 and not any(holders[page] for page in pool.free),
+            "free and held pages are not all pages, once each",
+        )
+        require(len(pool._nodes) == len(holders) - pool._keys.count(None), "a findable page is lost")
+        for flight in self.flights:
+            for seq, used in zip(flight.plan.seqs, flight.pages):
+                require(seq.pages[: len(used)] == used, "a page in flight is given away")
+        order = [seq.rank for seq in s.running]
+        require(order == sorted(order), "running requests are out of order")
+        queue = [seq.rank for seq in s.waiting]
+        require(queue == sorted(queue), "waiting requests are out of order")
+        require(sorted(rank[1] for rank in order + queue) == sorted(self.lives), "a request is lost or doubled")
+        require(not any(seq.pages or seq.computed for seq in s.waiting), "a waiting request owns something")
+        require(
+            all(seq.flying or (seq.start, seq.slack) == (seq.computed, 0) for seq in s.running),
+            "something is in flight that is not",
+        )
+        for seq in s.running:
+            most = pool.needed(max(seq.fill, seq.start + seq.slack + 1 + 2 * seq.num_drafts))
+            require(len(seq.pages) <= most or self.lives[seq.request_id].failed, "more pages are held than used")

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import random
 
@@ -86,7 +87,7 @@ def test_random_arrivals_and_aborts_change_no_answer(model, prompts):
 
 @pytest.mark.parametrize("speculative", [0, 1])
 def test_what_is_not_owned_is_never_read(model, prompts, speculative):
-    """Every slot outside the running requests' own tokens holds NaN before each step, and nothing changes."""
+    """Every slot outside running requests' tokens and cached pages holds NaN before each step, and nothing changes."""
     config = EngineConfig(num_speculative_tokens=speculative, max_model_len=72, page_size=4, num_pages=60)
     undisturbed = answers(Engine(model, None, config).generate(prompts, GREEDY))
     engine = Engine(model, None, config)
@@ -104,6 +105,8 @@ def poison(engine: Engine) -> None:
     keep = torch.zeros(len(layers[0].c_kv), dtype=torch.bool)
     for seq in engine.scheduler.running:
         keep[[seq.pages[i // size] * size + i % size for i in range(seq.computed)]] = True
+    for page in engine.scheduler.pool.findable:
+        keep[page * size : (page + 1) * size] = True
     for layer in layers:
         layer.c_kv[~keep], layer.k_rope[~keep] = math.nan, math.nan
 
@@ -150,10 +153,29 @@ def test_changed_weights_take_effect_in_the_next_call(model, prompts):
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
         model.layers[1].self_attn.kv_b_proj.weight.mul_(1.5)
+    engine.update_weights()
     after = answers(engine.generate(prompts[:4], GREEDY))
     assert after != before
     assert after == [recomputed(model, prompt, 16) for prompt in prompts[:4]]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_cached_prefixes_change_no_answer(model, prompts):
+    config = EngineConfig(page_size=4, max_num_batched_tokens=32, num_pages=60)
+    shared = [prompts[i % 3][:8] + prompts[i][: i % 7] for i in range(24)]
+    params = [SamplingParams(max_tokens=12, temperature=i % 2, seed=i) for i in range(24)]
+    plain = Engine(model, None, dataclasses.replace(config, enable_prefix_caching=False))
+    cached = Engine(model, None, config)
+    expected = answers(plain.generate(shared, params))
+    assert [answers(cached.generate(shared, params)) for _ in range(2)] == [expected, expected]
+    assert cached.stats.prefill_tokens < plain.stats.prefill_tokens * 2 * 0.6
+
+
+def test_samples_after_the_first_compute_little_of_their_prompt(model, prompts):
+    engine = Engine(model, None, EngineConfig(page_size=4, max_num_batched_tokens=40))
+    longest = max(prompts, key=len)
+    engine.generate([longest], SamplingParams(max_tokens=2, n=8))
+    assert engine.stats.prefill_tokens <= 2 * len(longest) + 6 * 4  # the second began beside the first
 
 
 def test_samples_of_a_prompt_have_their_own_documented_seeds(model, prompts):

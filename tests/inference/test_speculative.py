@@ -57,8 +57,44 @@ def test_drafts_come_from_the_module_with_its_own_latents(model, prompts, budget
             with torch.inference_mode():
                 hidden, _ = model.hidden(ids[:, :-1])
                 ahead, _ = model.mtp_hidden(hidden, ids[:, 1:])
-                assert seq.draft == int(model.logits(ahead[:, -1]).argmax())
+                assert seq.drafts[0] == int(model.logits(ahead[:, -1]).argmax())
             checked += 1
+
+
+@pytest.fixture
+def attentive(model):
+    """A module that drafts mostly by what its own latents hold."""
+    with torch.no_grad():
+        model.mtp[0].block.self_attn.o_proj.weight.mul_(50)
+    return model
+
+
+def drafts_of(drafting: Engine, prompt: list[int]) -> tuple[list[list[int]], int]:
+    """Every draft of twelve steps of one request, and how much of its prompt was cached."""
+    drafting.add(Request(prompt_token_ids=prompt, params=GREEDY))
+    drafts = []
+    for _ in range(12):
+        drafting.step()
+        drafts.append(drafting.scheduler.running[-1].drafts)
+    return drafts, drafting.scheduler.running[-1].cached_tokens
+
+
+def test_drafts_after_a_cached_prefix_are_those_without_one(attentive, prompts):
+    """Also where two prompts part exactly at the end of a page, whose last latents in the module differ by that."""
+    warm = engine(attentive, 1, page_size=4)
+    for token, expected in ((3, 0), (3, 8), (9, 4)):
+        prompt = [*prompts[0][:8], token, *prompts[1][:3]]
+        drafts, cached = drafts_of(warm, prompt)
+        assert drafts == drafts_of(engine(attentive, 1), prompt)[0]
+        assert cached == expected
+
+
+def test_pages_of_requests_that_sample_serve_those_that_draft(attentive, prompts):
+    warm = engine(attentive, 1, page_size=4)
+    warm.generate([prompts[0]], SamplingParams(max_tokens=20, seed=1))
+    drafts, cached = drafts_of(warm, prompts[0])
+    assert drafts == drafts_of(engine(attentive, 1), prompts[0])[0]
+    assert cached > 0
 
 
 def test_preemption_changes_no_draft_answer(foreseeing, prompts):
@@ -91,5 +127,7 @@ def test_a_stop_token_cuts_the_second_token_off(foreseeing, prompts):
 
 def test_a_draft_was_right_even_where_a_stop_cuts_its_successor_off():
     stats = Stats()
-    stats.count(Plan(False, [], [2, 2, 1]), [[1, 2], [3], [4]], emitted=3)
+    plan = Plan(seqs=[], counts=[2, 2, 1, 2, 9], starts=[], sources=[], decode=4)
+    stats.count(plan, [[1, 2], [3], [4], [5, 6], [7]], gained=[1, 1, 1, 0, 1])  # row 3 was wasted
     assert (stats.drafted, stats.accepted, stats.decode_rows, stats.decode_tokens) == (2, 1, 3, 3)
+    assert (stats.prefill_tokens, stats.generated_tokens) == (9, 4)
