@@ -7,6 +7,7 @@ from benthic.inference.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 NO_DRAFT = -1
+Top = list[tuple[int, float]]  # the likeliest tokens of one place with their log-probabilities, best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,11 @@ class Seq:
     max_len: int  # bound of len(ids)
     params: SamplingParams
     stop: frozenset[int] = frozenset()
-    uniforms: list[float] = field(default_factory=list)  # one per answer position; empty when greedy
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     draft: int = NO_DRAFT  # guess for the token after ids[-1]
     logprobs: list[float] = field(default_factory=list)
+    tops: list[Top] = field(default_factory=list)  # one per answer token where params.logprobs asks for it
     finish_reason: FinishReason | Literal[""] = ""
 
     def feed(self, count: int) -> list[int]:
@@ -63,3 +64,5 @@ class Output:
     logprobs: list[float]
     text: str  # "" without a tokenizer
     finish_reason: FinishReason
+    top_logprobs: list[Top] = field(default_factory=list)
+    """Per answer token the `params.logprobs` likeliest; [] where none are asked for."""
