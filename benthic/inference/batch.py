@@ -9,20 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benthic.inference.request import Seq
+from benthic.inference import controls
+from benthic.inference.controls import Controls
 from benthic.inference.scheduler import Plan
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How each row chooses its next token. `truncated` says on the host whether any row uses top_k or top_p."""
-
-    greedy: Tensor  # [B] bool
-    temperature: Tensor  # [B] float64, 1 where greedy
-    top_p: Tensor  # [B] float64
-    top_k: Tensor  # [B] int64, 0 keeps all
-    uniform: Tensor  # [B] float64 in [0, 1), the row's own random number for this position
-    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,8 @@ class Rows:
     positions: Tensor  # [B, Q]
     write: Tensor  # [B, Q] slots of the new tokens
     table: Tensor  # [B, S] slot of every context position; past the row's end its first slot, so no other is ever read
-    sampling: Sampling | None  # None when every row is greedy
+    places: Tensor  # [B] where in the sequence the first chosen token will stand
+    controls: Controls | None  # None when every row takes the likeliest token
 
 
 def cut(plan: Plan, budget: int) -> list[Plan]:
@@ -60,26 +50,18 @@ def _part(plan: Plan, begin: int, end: int) -> Plan:
 
 
 def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
-    """Lay a part of a plan out as one int64 array (floats by their bits), copy it, and cut it apart on the device."""
+    """Lay a part of a plan out as one int64 array, copy it, and cut it apart on the device."""
     q, w = max(plan.counts), max(len(seq.pages) for seq in plan.seqs)
-    host = np.array([_row(plan, i, q, w) for i in range(len(plan.seqs))], np.int64)  # [B, Q + 1 + W + 5]
-    greedy = [seq.params.greedy for seq in plan.seqs]
-    floats = np.array([_reals(seq) for seq in plan.seqs], np.float64)  # [B, 3]
-    host = np.concatenate((host, floats.view(np.int64)), 1)  # [B, Q + 1 + W + 5 + 3]
+    host = np.array([_row(plan, i, q, w) for i in range(len(plan.seqs))], np.int64)  # [B, Q + 1 + W + 3]
 
     data = torch.from_numpy(host).to(device)
-    ids, pages, start, counts, whole, is_greedy, top_k, reals = data.split([q + 1, w, 1, 1, 1, 1, 1, 3], 1)
+    ids, pages, start, counts, whole = data.split([q + 1, w, 1, 1, 1], 1)
     steps = torch.arange(max(q, w * page_size), device=device)
     slots = pages.unsqueeze(2) * page_size + steps[:page_size]  # [B, W, page_size]
     slots = slots.flatten(1)  # [B, S]
     table = torch.where(steps[: w * page_size] < start + counts, slots, slots[:, :1])
     positions = (start + steps[:q]) * (steps[:q] < counts)  # [B, Q]
     write = table.gather(1, positions) * (steps[:q] < counts)  # [B, Q]
-    sampling = None
-    if not all(greedy):
-        temperature, top_p, uniform = reals.view(torch.float64).unbind(1)
-        truncated = any(not s.params.greedy and (s.params.top_k > 0 or s.params.top_p < 1) for s in plan.seqs)
-        sampling = Sampling(is_greedy.squeeze(1).bool(), temperature, top_p, top_k.squeeze(1), uniform, truncated)
     return Rows(
         prefill=plan.decode == 0,
         ids=ids[:, :q],
@@ -89,12 +71,13 @@ def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
         positions=positions,
         write=write,
         table=table,
-        sampling=sampling,
+        places=(start + (1 if plan.decode else counts)).squeeze(1),
+        controls=controls.build(plan.seqs, device),
     )
 
 
 def _row(plan: Plan, i: int, q: int, w: int) -> list[int]:
-    """The integers of row i: Q + 1 ids (the token after the last computed one too, where known), W pages, 5 scalars."""
+    """The integers of row i: Q + 1 ids (the token after the last computed one too, where known), W pages, 3 scalars."""
     seq, count = plan.seqs[i], plan.counts[i]
     ids = seq.feed(count) + seq.ids[seq.computed + count : seq.computed + count + 1]
     whole = seq.computed + count >= len(seq.ids)
@@ -107,12 +90,4 @@ def _row(plan: Plan, i: int, q: int, w: int) -> list[int]:
         seq.computed,
         count,
         whole,
-        seq.params.greedy,
-        seq.params.top_k,
     ]
-
-
-def _reals(seq: Seq) -> tuple[float, float, float]:
-    """Temperature, top_p and the random number of the next answer position."""
-    uniform = seq.uniforms[len(seq.logprobs)] if seq.uniforms else 0.0
-    return seq.params.temperature or 1.0, seq.params.top_p, uniform

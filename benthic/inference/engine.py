@@ -9,12 +9,14 @@ from typing import NamedTuple, Protocol
 
 from benthic.base.errors import BenthicError, InputError
 from benthic.inference.config import EngineConfig, SamplingParams
-from benthic.inference.request import Delta, Output, Request, Seq
+from benthic.inference.grammar import Grammars, Matcher, bitmask
+from benthic.inference.request import Delta, FinishReason, Output, Request, Seq
 from benthic.inference.runner import Runner
-from benthic.inference.sampler import uniforms
 from benthic.inference.scheduler import Scheduler
 from benthic.inference.stats import Stats
+from benthic.inference.stop import Transcript
 from benthic.model.transformer import Transformer
+from benthic.tokenizer.tokenizer import Tokenizer
 
 
 class Decoder(Protocol):
@@ -49,6 +51,9 @@ class Engine:
         self.scheduler = Scheduler(self.config)
         self.stats = Stats()
         self._seqs: dict[int, Seq] = {}  # unfinished
+        self._matchers: dict[int, Matcher] = {}  # of those whose answer must have a form
+        self._transcripts: dict[int, Transcript] = {}  # of those that end with a stop string
+        self._grammars: Grammars | None = None  # made when the first request needs it
         self._aborted: list[Seq] = []  # to be reported by the next step
         self._next_id = 0
 
@@ -62,7 +67,9 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         self._check(prompt, params)
         max_len = min(self.config.max_model_len, len(prompt) + params.max_tokens)
-        end = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        matcher = self.grammars.matcher(params.structured_outputs) if params.guided else None
+        transcript = Transcript(self._need_tokenizer("stop"), params) if params.stop else None
+        end = [] if self.tokenizer is None or params.ignore_eos else [self.tokenizer.eos_id]
         seq = Seq(
             request_id=self._next_id,
             ids=list(prompt),
@@ -71,12 +78,15 @@ class Engine:
             params=params,
             priority=request.priority,
             salt=request.cache_salt,
-            num_drafts=self.config.num_speculative_tokens if params.greedy else 0,
+            num_drafts=0 if params.guided else self.config.num_speculative_tokens,
             stop=frozenset((*params.stop_token_ids, *end)),
-            uniforms=[] if params.greedy else uniforms(params.seed, max_len - len(prompt)),
         )
         self._next_id += 1
         self._seqs[seq.request_id] = seq
+        if matcher is not None:
+            self._matchers[seq.request_id] = matcher
+        if transcript is not None:
+            self._transcripts[seq.request_id] = transcript
         self.scheduler.add(seq)
         return seq.request_id
 
@@ -90,10 +100,25 @@ class Engine:
                 f"prompt_token_ids has {len(prompt)} tokens, max_model_len={self.config.max_model_len} "
                 f"-> use at most {self.config.max_model_len - 1}"
             )
+        for token in params.logit_bias:
+            if token >= self.vocab_size:
+                raise InputError(f"logit_bias has token {token} -> use integers from 0 to {self.vocab_size - 1}")
         for i, token in enumerate(prompt):
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 last = self.vocab_size - 1
                 raise InputError(f"prompt_token_ids[{i}]={token!r} is no token -> use integers from 0 to {last}")
+
+    @property
+    def grammars(self) -> Grammars:
+        """The forms of answers, compiled. Another thread may compile a form before its request is added."""
+        if self._grammars is None:
+            self._grammars = Grammars(self._need_tokenizer("structured_outputs"), self.vocab_size)
+        return self._grammars
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if not isinstance(self.tokenizer, Tokenizer):
+            raise InputError(f"{what} needs a tokenizer, the engine has none -> use stop_token_ids and token ids alone")
+        return self.tokenizer
 
     def abort(self, request_id: int) -> None:
         """End a request now; the next step reports it. One that has ended already is left alone."""
@@ -102,6 +127,7 @@ class Engine:
         if seq := self._seqs.pop(request_id, None):
             self.scheduler.finish(seq, "abort")
             self._aborted.append(seq)
+            self._forget(seq)
 
     def update_weights(self) -> None:
         """The model's parameters have changed: latents computed with the old ones are not used for new requests."""
@@ -114,24 +140,58 @@ class Engine:
         deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
         if self._seqs:
             plan = self.scheduler.plan()
+            guided = [self._matchers[seq.request_id] for seq in plan.seqs if seq.params.guided]
             try:
-                result = self.runner.run(plan)
+                result = self.runner.run(plan, bitmask(guided, self.vocab_size) if guided else None)
             except BaseException:
                 self.scheduler.rollback()
                 raise
             gained = self.scheduler.commit(plan, result.tokens)
             self.stats.count(plan, result.tokens, gained)
             self.stats.preemptions = self.scheduler.preemptions
-            for seq, new, scores, drafts in zip(plan.seqs, gained, result.logprobs, result.drafts):
+            for row, (seq, new) in enumerate(zip(plan.seqs, gained)):
                 if not new:
                     continue
-                seq.logprobs += scores[:new]
-                seq.drafts = drafts
+                seq.logprobs += result.logprobs[row][:new]
+                seq.tops += result.tops[row][:new]
+                seq.drafts = result.drafts[row]
+                new -= self._follow(seq, new)
                 deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
                 if seq.finish_reason:
                     finished.append(self._seqs.pop(seq.request_id))
         self._aborted.clear()  # only now: a step that fails has reported nothing
         return Step(deltas, [self._output(seq) for seq in finished])
+
+    def _follow(self, seq: Seq, new: int) -> int:
+        """Tell grammar and stop strings of the new tokens; how many of them a stop string cuts off."""
+        tokens = seq.ids[-new:]
+        dropped = 0
+        if transcript := self._transcripts.get(seq.request_id):
+            dropped = new - transcript.feed(tokens)
+            if dropped:
+                del seq.ids[-dropped:], seq.logprobs[-dropped:]
+                del seq.tops[len(seq.logprobs) :]
+            if transcript.hit:
+                self._end(seq, "stop")
+        if matcher := self._matchers.get(seq.request_id):
+            matcher.accept(tokens[: new - dropped])
+            if matcher.slow:
+                self._end(seq, "abort")
+        return dropped
+
+    def _end(self, seq: Seq, reason: FinishReason) -> None:
+        if not seq.finish_reason:
+            self.scheduler.finish(seq, reason)
+        seq.finish_reason = reason
+
+    def _forget(self, seq: Seq) -> Transcript | None:
+        self._matchers.pop(seq.request_id, None)
+        return self._transcripts.pop(seq.request_id, None)
+
+    def _text(self, seq: Seq, transcript: Transcript | None) -> str:
+        if self.tokenizer is None or transcript is not None:
+            return transcript.finish() if transcript else ""
+        return self.tokenizer.decode(seq.ids[seq.prompt_len :], skip_special=True)
 
     def _output(self, seq: Seq) -> Output:
         if not seq.finish_reason:
@@ -142,8 +202,9 @@ class Engine:
             prompt_token_ids=seq.ids[: seq.prompt_len],
             token_ids=answer,
             logprobs=seq.logprobs,
-            text="" if self.tokenizer is None else self.tokenizer.decode(answer, skip_special=True),
+            text=self._text(seq, self._forget(seq)),
             finish_reason=seq.finish_reason,
+            top_logprobs=seq.tops,
         )
 
     def generate(

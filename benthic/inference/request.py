@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from benthic.inference.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
+Top = list[tuple[int, float]]  # the likeliest tokens of one place with their log-probabilities, best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,6 @@ class Seq:
     num_drafts: int = 0  # drafts that each of its decode steps verifies
     min_len: int = 0  # a stop token among ids[:min_len] does not stop
     stop: frozenset[int] = frozenset()
-    uniforms: list[float] = field(default_factory=list)  # one per answer position; empty when greedy
 
     pages: list[int] = field(default_factory=list)
     computed: int = 0
@@ -52,6 +52,7 @@ class Seq:
 
     drafts: list[int] = field(default_factory=list)  # guesses for the tokens after ids[-1]
     logprobs: list[float] = field(default_factory=list)
+    tops: list[Top] = field(default_factory=list)  # one per answer token where params.logprobs asks for it
     finish_reason: FinishReason | Literal[""] = ""
 
     @property
@@ -88,3 +89,5 @@ class Output:
     logprobs: list[float]
     text: str  # "" without a tokenizer
     finish_reason: FinishReason
+    top_logprobs: list[Top] = field(default_factory=list)
+    """Per answer token the `params.logprobs` likeliest; [] where none are asked for."""

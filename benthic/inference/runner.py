@@ -10,17 +10,20 @@ from torch import Tensor
 from benthic.base.errors import BenthicError, DoesNotFit
 from benthic.inference import batch, sampler, speculative
 from benthic.inference.config import EngineConfig
+from benthic.inference.request import Top
 from benthic.inference.scheduler import Plan
 from benthic.model.cache import CacheView, LatentCache
 from benthic.model.transformer import Transformer
 
 
 class Result(NamedTuple):
-    """Per row of the plan: 1 or 2 chosen tokens, their log-probabilities, and the drafts of the next."""
+    """Per row of the plan: the chosen tokens, at least one, their log-probabilities, the drafts of the next, and, as
+    many as the row asked for, the likeliest tokens in place of each chosen one."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     drafts: list[list[int]]
+    tops: list[list[Top]]
 
 
 class Runner:
@@ -32,6 +35,7 @@ class Runner:
         slots = (1 + config.num_pages) * config.page_size
         try:
             self.cache = LatentCache(model.config, slots, self.device, model.dtype)
+            self.ids = torch.zeros(slots, dtype=torch.int64, device=self.device)  # whose latents stand there
         except RuntimeError as error:  # what torch raises when the device cannot give the memory
             raise DoesNotFit(
                 f"no memory on {self.device} for num_pages={config.num_pages} cache pages of {config.page_size} tokens "
@@ -39,33 +43,55 @@ class Runner:
             ) from error
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Result:
-        """Compute the plan's tokens and choose the next ones."""
-        parts = [self._part(part) for part in batch.cut(plan, self.config.max_num_batched_tokens)]
+    def run(self, plan: Plan, bitmask: Tensor | None = None) -> Result:
+        """Compute the plan's tokens and choose the next ones. `bitmask` of the guided rows as in `sampler.choose`."""
+        parts, guided = [], 0
+        for part in batch.cut(plan, self.config.max_num_batched_tokens):
+            first, guided = guided, guided + sum(seq.params.guided for seq in part.seqs)
+            parts.append(self._part(part, None if bitmask is None or guided == first else bitmask[first:guided]))
         return Result(*(list(chain.from_iterable(lists)) for lists in zip(*parts)))
 
-    def _part(self, plan: Plan) -> Result:
+    def _part(self, plan: Plan, bitmask: Tensor | None) -> Result:
         rows = batch.build(plan, self.config.page_size, self.device)
         view = CacheView(self.cache, rows.write, rows.table)
+        self.ids[rows.write] = rows.ids
         hidden, _ = self.model.hidden(rows.ids, positions=rows.positions, cache=view)  # [B, Q, d]
         ends = hidden
         if rows.prefill:
             ends = hidden[torch.arange(len(hidden), device=self.device), rows.counts - 1].unsqueeze(1)  # [B, 1, d]
         logits = self.model.logits(ends)  # [B, K, V]
-        tokens, logprobs = sampler.choose(logits, rows.sampling, self.vocab_size)  # [B, K] each
-        accepted = speculative.accept(rows, tokens)
-        drafts = tokens[:, :0]  # [B, drafts]
-        if self.config.num_speculative_tokens:  # rows that sample need no draft, but others may find their pages
-            ahead = speculative.ahead(self.model, view, rows, hidden, tokens, accepted)  # [B, d]
-            drafts = self.model.logits(ahead).argmax(-1, keepdim=True)
-        return _to_host(tokens, logprobs, accepted, drafts)
+        history = self.ids[rows.table] if rows.controls is not None and rows.controls.penalties is not None else None
+        mask = None if bitmask is None else bitmask.to(self.device)
+        choice = sampler.choose(logits, rows.controls, rows.places, self.vocab_size, history, mask)  # [B, K]
+        accepted = speculative.accept(rows, choice.tokens)
+        drafts = choice.tokens[:, :0]  # [B, drafts]
+        if self.config.num_speculative_tokens:
+            ahead = speculative.ahead(self.model, view, rows, hidden, choice.tokens, accepted)  # [B, d]
+            guess = self.model.logits(ahead)
+            places = rows.places + accepted + 1
+            drafts = sampler.propose(guess, rows.controls, places, self.vocab_size).unsqueeze(1)
+        return to_host(plan, choice, accepted, drafts)
 
 
-def _to_host(tokens: Tensor, logprobs: Tensor, accepted: Tensor, drafts: Tensor) -> Result:
+def to_host(plan: Plan, choice: sampler.Choice, accepted: Tensor, drafts: Tensor) -> Result:
     """Wait for the device and cut each row to the tokens it emits. Logits that are not numbers are an error."""
-    k = tokens.shape[1]
-    integers = torch.cat((tokens, accepted.unsqueeze(1), drafts), 1).tolist()  # [B, K + 1 + drafts]
-    scores = [row[: 1 + ints[k]] for row, ints in zip(logprobs.tolist(), integers)]
+    k = choice.tokens.shape[1]
+    integers = torch.cat((choice.tokens, accepted.unsqueeze(1), drafts), 1).tolist()  # [B, K + 1 + drafts]
+    scores = [row[: 1 + ints[k]] for row, ints in zip(choice.logprobs.tolist(), integers)]
     if not math.isfinite(sum(map(sum, scores))):
         raise BenthicError("the model's logits are not finite -> check the weights (a diverged or damaged checkpoint)")
-    return Result([ints[: 1 + ints[k]] for ints in integers], scores, [ints[k + 1 :] for ints in integers])
+    tokens, drafted = [ints[: 1 + ints[k]] for ints in integers], [ints[k + 1 :] for ints in integers]
+    return Result(tokens, scores, drafted, _tops(plan, choice))
+
+
+def _tops(plan: Plan, choice: sampler.Choice) -> list[list[Top]]:
+    """The reports of the rows that want one, [] for the others."""
+    if choice.top_ids is None or choice.top_logprobs is None:
+        return [[] for _ in plan.seqs]
+    reports = zip(choice.top_ids.tolist(), choice.top_logprobs.tolist())  # per reported row [K, n] each
+    return [
+        [list(zip(ids, scores))[: seq.params.logprobs] for ids, scores in zip(*next(reports))]
+        if seq.params.logprobs
+        else []
+        for seq in plan.seqs
+    ]

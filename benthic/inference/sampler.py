@@ -1,59 +1,213 @@
-"""Logits to tokens, row by row independent: what a row chooses depends on its logits, its parameters and its own random
-number, never on its neighbours.
+"""Logits to tokens, row by row independent: what a row chooses depends on its logits, its controls, its place in the
+sequence and what stands before it, never on its neighbours.
 
-Letters: B rows, K positions per row (2 when a draft is verified), V vocabulary.
+Order: additions (logit_bias, min_tokens) and the grammar's bitmask, repetition, frequency and presence penalty,
+temperature, top_k, top_p of what is left, min_p. Log-probabilities are those of the model itself, before all of that.
+
+A token is drawn by the inverse distribution function in vocabulary order. Weights are integers, 2^44 for the likeliest,
+and sums of integers are exact: no order of summation, and so no neighbour, changes a choice, and a weight of 0 is never
+chosen. That is the weight of tokens less likely than the likeliest by a factor of 2^-44.
+
+The random number of a token is a function of the request's seed and of the token's place in the sequence. So a draft
+can be made with the very number that its token will be drawn with, and to verify it is to draw and compare
+(speculative.py).
+
+Nothing here waits for the device, and shapes follow from those of the arguments.
+
+Letters: B rows of the step, P shaped rows, M rows of one kind among them, K positions per row (more than 1 when drafts
+are verified), V vocabulary, S longest context.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benthic.inference.batch import Sampling
+from benthic.inference.controls import Controls, Limit, Penalties
+from benthic.inference.select import draw, leading, padded
+
+UNIT = 2.0**44  # weight of the likeliest token
+EVERYTHING = 2**62
+GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # odd constants of SplitMix64
 
 
-def uniforms(seed: int, count: int) -> list[float]:
-    """A request's random numbers in [0, 1), one per answer position. A longer list starts with the shorter one."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+class Choice(NamedTuple):
+    """tokens [B, K], their log softmax(logits) [B, K], and for the rows that want a report the likeliest tokens, best
+    first, with theirs: [M, K, n] each, None where no row wants one."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
 
 
-def choose(logits: Tensor, sampling: Sampling | None, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """float32 logits [B, K, V] -> tokens [B, K] below `vocab_size` and their log softmax(logits) [B, K].
+def choose(
+    logits: Tensor,
+    controls: Controls | None,
+    places: Tensor,
+    vocab_size: int,
+    history: Tensor | None = None,
+    bitmask: Tensor | None = None,
+) -> Choice:
+    """float32 logits [B, K, V] -> tokens below `vocab_size`.
 
-    Rows that sample use the first of the K positions; the rest hold the likeliest token.
+    places [B]: where in the sequence the token chosen at the first of the K positions will stand.
+    history [B, S]: ids of the sequence, drafts at their places included; only read where a row has penalties.
+    bitmask [M, ceil(V / 32)] int32: a row per guided row; bit i of word w allows token 32 w + i at the first position.
     """
     allowed = logits[..., :vocab_size]
-    tokens = allowed.argmax(-1)  # [B, K]
-    if sampling is not None:
-        sampled = sample(allowed[:, 0], sampling)  # [B]
-        tokens[:, 0] = torch.where(sampling.greedy, tokens[:, 0], sampled)
-    scores = logits.gather(2, tokens.unsqueeze(2)).squeeze(2) - logits.logsumexp(-1)  # [B, K]
-    return tokens, scores
+    every = logits.log_softmax(-1)
+    if controls is None:
+        return _choice(every, allowed.argmax(-1))
+    shaped = len(controls.seed)
+    tokens = allowed.argmax(-1) if controls.rows is not None else places.new_zeros(logits.shape[:2])
+    if shaped:
+        own = allowed if controls.rows is None else allowed[controls.rows]  # [P, K, V]
+        where = _ahead(places, controls, logits.shape[1])  # [P, K]
+        own = _change(own, controls, where, history, bitmask)
+        picked = _pick(own, controls, where, cut=True)
+        tokens = picked if controls.rows is None else tokens.index_copy(0, controls.rows, picked)
+    if controls.reported is None:
+        return _choice(every, tokens)
+    top = every[controls.reported, :, :vocab_size].topk(min(controls.reports, vocab_size), dim=-1)
+    return _choice(every, tokens)._replace(top_ids=top.indices, top_logprobs=top.values)
 
 
-def sample(logits: Tensor, sampling: Sampling) -> Tensor:
-    """logits [B, V] -> tokens [B] by the inverse distribution function, in float64 and in vocabulary order.
+def propose(logits: Tensor, controls: Controls | None, places: Tensor, vocab_size: int) -> Tensor:
+    """A draft per row: logits [B, V] of a guessing module -> tokens [B] for the places [B].
 
-    The largest logit is subtracted before the division, so that no temperature above 0 can overflow. The largest
-    weight is then 1, and a random number below 1 never rounds up to the whole sum.
+    Drawn with the number that the place's token will be drawn with: distributions alike choose alike. Cutting the guess
+    with top_k, top_p and min_p would cost more time than it wins.
     """
-    shifted = logits.double() - logits.amax(-1, keepdim=True)
-    weights = (shifted / sampling.temperature.unsqueeze(1)).exp()  # [B, V], the largest is 1
-    if sampling.truncated:
-        weights = weights * _kept(weights, sampling.top_k, sampling.top_p)
-    cumulative = weights.cumsum(-1)  # [B, V]
-    target = sampling.uniform.unsqueeze(1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True)  # first with cumulative > target: its weight is not 0
-    return tokens.clamp(max=logits.shape[1] - 1).squeeze(1)  # past the end only if logits are NaN: an id to report
+    allowed = logits[..., :vocab_size].unsqueeze(1)  # [B, 1, V]
+    if controls is None or not controls.draws:
+        return allowed.argmax(-1).squeeze(1)
+    own = allowed if controls.rows is None else allowed[controls.rows]
+    picked = _pick(own, controls, _ahead(places, controls, 1), cut=False)
+    if controls.rows is None:
+        return picked.squeeze(1)
+    return allowed.argmax(-1).index_copy(0, controls.rows, picked).squeeze(1)
 
 
-def _kept(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """[B, V] bool: the top_k likeliest tokens, and of these the likeliest whose predecessors hold less than top_p of
-    their mass. Equal weights rank by token id."""
-    ranked, order = weights.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(weights.shape[1], device=weights.device)
-    everything = torch.full_like(top_k, weights.shape[1])
-    in_k = rank < torch.where(top_k > 0, top_k, everything).unsqueeze(1)  # [B, V]
-    cumulative = (ranked * in_k).cumsum(-1)
-    before = cumulative - ranked * in_k
-    in_p = (before < top_p.unsqueeze(1) * cumulative[:, -1:]) | (top_p.unsqueeze(1) >= 1)
-    return torch.zeros_like(in_k).scatter_(1, order, in_k & in_p)
+def uniform(seed: Tensor, place: Tensor) -> Tensor:
+    """The random number in [0, 1) of a place in the sequence, float64: SplitMix64 at state mix(seed) + place + 1."""
+    bits = _mix(_mix(seed + GOLDEN) + (place + 1) * GOLDEN)
+    return _shift(bits, 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, which wraps around."""
+    x = (x ^ _shift(x, 30)) * MIX_1
+    x = (x ^ _shift(x, 27)) * MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """x >> by, filled with zeros."""
+    return (x >> by) & (2 ** (64 - by) - 1)
+
+
+def _choice(every: Tensor, tokens: Tensor) -> Choice:
+    return Choice(tokens, every.gather(2, tokens.unsqueeze(2)).squeeze(2))
+
+
+def _ahead(places: Tensor, controls: Controls, count: int) -> Tensor:
+    """[P, K] places of the tokens chosen at the K positions of the shaped rows."""
+    own = places if controls.rows is None else places[controls.rows]
+    return own.unsqueeze(1) + torch.arange(count, device=places.device)
+
+
+def _change(
+    logits: Tensor, controls: Controls, where: Tensor, history: Tensor | None, bitmask: Tensor | None
+) -> Tensor:
+    """Logits [P, K, V] after everything that comes before the temperature. The argument is left as it is."""
+    if controls.additions is None and controls.penalties is None and controls.guided is None:
+        return logits
+    logits = logits.clone() if controls.rows is None else logits  # else it is a copy already
+    if (a := controls.additions) is not None:
+        values = torch.where(where[a.rows] < a.until.unsqueeze(1), a.values.unsqueeze(1), 0.0)  # [M, K]
+        positions = torch.arange(logits.shape[1], device=logits.device)
+        logits.index_put_((a.rows.unsqueeze(1), positions, a.ids.unsqueeze(1)), values, accumulate=True)
+    if controls.guided is not None:
+        if bitmask is None:
+            raise ValueError("guided rows without a bitmask")
+        logits[controls.guided] = logits[controls.guided].masked_fill(~unpack(bitmask, logits.shape[2]), -torch.inf)
+    if (p := controls.penalties) is not None:
+        if history is None:
+            raise ValueError("rows with penalties without their history")
+        logits[p.rows] = _penalise(logits[p.rows], p, where[p.rows, 0], history[p.steps_rows])
+    return logits
+
+
+def unpack(bitmask: Tensor, vocab_size: int) -> Tensor:
+    """[M, ceil(V / 32)] int32 -> [M, 1, V] bool."""
+    bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    return ((bitmask.unsqueeze(2) >> bits) & 1).bool().flatten(1)[:, :vocab_size].unsqueeze(1)
+
+
+def _penalise(logits: Tensor, penalties: Penalties, first: Tensor, ids: Tensor) -> Tensor:
+    """logits [M, K, V]; first [M] places of the first tokens to choose; ids [M, S]. Position j counts what stands
+    before place first + j, drafts included."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    before = places < first.unsqueeze(1)  # [M, S]
+    seen = logits.new_zeros(logits.shape[0], logits.shape[2]).scatter_add_(1, ids, before.float())
+    before &= places >= penalties.prompt_len.unsqueeze(1)
+    counts = torch.zeros_like(seen).scatter_add_(1, ids, before.float())  # [M, V] whole numbers
+    rows = []
+    for j in range(logits.shape[1]):
+        if j:
+            draft = ids.gather(1, (first + j - 1).clamp(max=ids.shape[1] - 1).unsqueeze(1))  # [M, 1]
+            one = torch.ones_like(draft, dtype=logits.dtype)
+            counts.scatter_add_(1, draft, one)
+            seen.scatter_add_(1, draft, one)
+        row = logits[:, j]
+        if penalties.repetition is not None:
+            factor = penalties.repetition.unsqueeze(1)
+            row = torch.where(seen > 0, torch.where(row > 0, row / factor, row * factor), row)
+        row = row - penalties.frequency.unsqueeze(1) * counts
+        rows.append(row - penalties.presence.unsqueeze(1) * (counts > 0))
+    return torch.stack(rows, 1)
+
+
+def _pick(logits: Tensor, controls: Controls, where: Tensor, cut: bool) -> Tensor:
+    """logits [P, K, V] -> tokens [P, K]: drawn, or the likeliest of greedy rows."""
+    if not controls.draws:
+        return logits.argmax(-1)
+    below = padded(logits, logits.amax(-1, keepdim=True))  # [P, K, V'] 0 for the likeliest, else negative
+    scaled = below if controls.temperature is None else below / controls.temperature[:, None, None]
+    weights = (scaled.exp() * UNIT).long()  # [P, K, V']
+    if cut:
+        weights = _cut(weights, below, controls)
+    drawn = draw(weights, uniform(controls.seed.unsqueeze(1), where)).clamp(max=logits.shape[2] - 1)
+    if controls.greedy is None:
+        return drawn
+    return torch.where(controls.greedy.unsqueeze(1), logits.argmax(-1), drawn)
+
+
+def _cut(weights: Tensor, below: Tensor, controls: Controls) -> Tensor:
+    """weights [P, K, V'] with 0 for what top_k, then top_p of what is left, then min_p leave out."""
+    if (limit := controls.top_k) is not None:
+        kept = leading(_of(below, limit), torch.ones_like(_of(weights, limit)), _column(limit))
+        weights = _masked(weights, limit, kept)
+    if (limit := controls.top_p) is not None:
+        left = _of(weights, limit)
+        share = (_column(limit) * left.sum(-1)).ceil().long()  # [M, K]
+        weights = _masked(weights, limit, leading(_of(below, limit), left, share.clamp(min=1)))
+    if (limit := controls.min_p) is not None:
+        least = (_column(limit) * UNIT).ceil().unsqueeze(2)  # [M, 1, 1]
+        weights = _masked(weights, limit, _of(weights, limit) >= least)
+    return weights
+
+
+def _of(x: Tensor, limit: Limit) -> Tensor:
+    return x if limit.rows is None else x[limit.rows]
+
+
+def _column(limit: Limit) -> Tensor:
+    return limit.values.unsqueeze(1)
+
+
+def _masked(weights: Tensor, limit: Limit, kept: Tensor) -> Tensor:
+    if limit.rows is None:
+        return weights * kept
+    return weights.index_copy(0, limit.rows, weights[limit.rows] * kept)

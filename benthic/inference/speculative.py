@@ -1,13 +1,19 @@
-"""Drafting with the first multi-token prediction module, verified greedily (V3 Sec 5.4.3).
+"""Drafting with the first multi-token prediction module, verified exactly (V3 Sec 5.4.3).
 
-A step that computes token t_{i+1} and the draft d of t_{i+2} yields logits at both. If the first choose d, the second
-are those of plain decoding, and the step emits two tokens; if not, one. So the answer is exactly the plain greedy one.
+A step that computes token t_{i+1} and drafts of the next K - 1 yields logits at all of them. The sampler chooses at
+every position as if the drafts before it were right, with the random number of that place. As long as it chooses the
+draft, the next choice is that of plain decoding; the first other choice is the last one emitted. So the answer is the
+plain one, token by token, for rows that draw as for those that take the likeliest, and whatever the drafts.
+
+To draw x from p and keep the draft d where x = d is to accept d with probability p(d), and otherwise to draw from p
+without d: speculative sampling (Leviathan et al. 2023, Chen et al. 2023) of a draft that is certain. A module that
+draws its draft with the number of that place (`sampler.propose`) is right nearly as often as min(p, q) allows.
 
 The module at position i takes h_i and Emb(t_{i+1}). Its latents live in the slot of position i, on a layer of their
 own: prompts fill it too, the last position with the first token of the answer. A rejected draft leaves nothing to
 undo: its position is computed again before anything reads it.
 
-Letters: B rows, Q new tokens, K = 1 or 2 chosen tokens, d hidden.
+Letters: B rows, Q new tokens, K = 1 + drafts chosen tokens, d hidden.
 """
 
 import torch
@@ -19,16 +25,16 @@ from benthic.model.transformer import Transformer
 
 
 def accept(rows: Rows, tokens: Tensor) -> Tensor:
-    """tokens [B, K] chosen -> how many drafts each row accepts [B], 0 or 1."""
-    if tokens.shape[1] == 1:
-        return torch.zeros_like(rows.counts)
-    return ((rows.counts == 2) & (tokens[:, 0] == rows.ids[:, 1])).long()
+    """tokens [B, K] chosen -> how many drafts each row accepts [B], 0 to K - 1."""
+    drafts = tokens.shape[1] - 1
+    right = tokens[:, :drafts] == rows.ids[:, 1 : 1 + drafts]
+    there = torch.arange(drafts, device=tokens.device) < rows.counts.unsqueeze(1) - 1
+    return (right & there).long().cumprod(1).sum(1)
 
 
 def ahead(model: Transformer, view: CacheView, rows: Rows, hidden: Tensor, tokens: Tensor, accepted: Tensor) -> Tensor:
     """hidden [B, Q, d], tokens [B, K], accepted [B] -> hidden states [B, d] whose logits guess the token after the last
-    one emitted. `view` is that of the main pass. Rows that sample are computed too; nobody looks at them.
-    """
+    one emitted. `view` is that of the main pass."""
     every = torch.arange(len(tokens), device=tokens.device)
     if rows.prefill:
         last, next_ids = rows.counts - 1, rows.next_ids.clone()

@@ -9,7 +9,7 @@ from benthic.base.errors import BenthicError, DoesNotFit, InputError
 from benthic.inference.config import EngineConfig, SamplingParams, sample_seed
 from benthic.inference.engine import Engine
 from benthic.inference.request import Request
-from benthic.inference.sampler import uniforms
+from benthic.inference.sampler import uniform
 from benthic.model.transformer import Transformer
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
@@ -133,7 +133,9 @@ def test_each_position_takes_its_own_random_number(model, prompts):
         with torch.inference_mode():
             p = (model(ids)[0, len(output.prompt_token_ids) - 1 : -1].double() / 1.5).softmax(-1)  # [12, V]
         below = p.cumsum(-1).gather(1, torch.tensor(output.token_ids)[:, None]).squeeze(1).tolist()
-        for token, upper, row, u in zip(output.token_ids, below, p.tolist(), uniforms(8, 12)):
+        places = torch.arange(len(output.prompt_token_ids), ids.shape[1])
+        own = uniform(torch.tensor(8), places).tolist()
+        for token, upper, row, u in zip(output.token_ids, below, p.tolist(), own):
             assert upper - row[token] - 1e-5 <= u <= upper + 1e-5
 
 

@@ -1,9 +1,14 @@
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from benthic.inference import controls, sampler, speculative
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
-from benthic.inference.request import Request
+from benthic.inference.request import Request, Seq
 from benthic.inference.scheduler import Plan
 from benthic.inference.stats import Stats
 
@@ -106,15 +111,140 @@ def test_preemption_changes_no_draft_answer(foreseeing, prompts):
     assert crowded.stats.accepted > 100
 
 
-def test_sampling_rows_decode_plainly_beside_drafting_ones(foreseeing, prompts):
-    params = [SamplingParams(max_tokens=30, temperature=(0.0, 1.0, 0.6)[i % 3], seed=i) for i in range(24)]
-    drafting = engine(foreseeing, 1)
-    mixed = drafting.generate(prompts, params)
-    assert answers(mixed) == answers(engine(foreseeing, 0).generate(prompts, params))
-    assert drafting.stats.accepted > 0
-    sampling_only = engine(foreseeing, 1)
-    sampling_only.generate(prompts, SamplingParams(max_tokens=10))
-    assert sampling_only.stats.drafted == 0
+def mixed_params(count: int) -> list[SamplingParams]:
+    shapes = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 1.2, "top_k": 20, "min_p": 0.02},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"temperature": 0.0, "presence_penalty": 1.0, "logit_bias": {5: 2.0}},
+        {"temperature": 0.7, "min_tokens": 10, "stop_token_ids": (1, 2, 3)},
+    ]
+    return [SamplingParams(max_tokens=30, seed=i, logprobs=2, **shapes[i % len(shapes)]) for i in range(count)]
+
+
+@pytest.mark.parametrize("which", ["model", "foreseeing"])
+def test_rows_of_every_kind_answer_with_drafts_as_without(which, request, prompts):
+    model, params = request.getfixturevalue(which), mixed_params(24)
+    crowd = {"max_num_seqs": 7, "max_num_batched_tokens": 24, "max_model_len": 88, "page_size": 4, "num_pages": 40}
+    plain, drafting, crowded = engine(model, 0), engine(model, 1), engine(model, 1, **crowd)
+    want = plain.generate(prompts, params)
+    for other in (drafting, crowded):
+        got = other.generate(prompts, params)
+        assert answers(got) == answers(want)
+        assert [[[i for i, _ in top] for top in o.top_logprobs] for o in got] == [
+            [[i for i, _ in top] for top in o.top_logprobs] for o in want
+        ]
+        assert all(len(o.top_logprobs) == len(o.token_ids) for o in got)
+    assert crowded.stats.preemptions > 5
+    assert drafting.stats.drafted > 100
+
+
+def test_a_draft_with_the_number_of_its_token_is_right_nearly_as_often_as_any_can_be():
+    """No draft from q is right more often than sum(min(p, q)); the likeliest token of q is right much less often."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3000, 200, generator=generator) * 2.5
+    guess = logits + 0.4 * torch.randn(3000, 200, generator=generator)
+    built, places = controls.build([seq(SamplingParams(), seed) for seed in range(3000)], "cpu"), torch.arange(3000)
+    tokens = sampler.choose(logits.unsqueeze(1), built, places, 200).tokens[:, 0]
+    shared = float((sampler.propose(guess, built, places, 200) == tokens).float().mean())
+    likeliest = float((guess.argmax(-1) == tokens).float().mean())
+    best = float(torch.minimum(logits.softmax(-1), guess.softmax(-1)).sum(-1).mean())
+    assert 0.75 * best < shared <= best + 0.02
+    assert shared > 2 * likeliest
+
+
+VOCAB = 5
+TABLE = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(4)) * 1.5  # a model that sees the last token
+PARAMS = SamplingParams(temperature=0.8)
+
+
+def adversary(name: str, last: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """A draft that is as wrong as it can be, or right, or made from the very number that decides."""
+    if name == "unlikeliest":
+        return TABLE[last].argmin(-1)
+    if name == "likeliest":
+        return TABLE[last].argmax(-1)
+    return (u * VOCAB).long()
+
+
+def decode(
+    name: str, depth: int, tokens: int, rounds: int, params: SamplingParams, always: bool = False
+) -> torch.Tensor:
+    """[rounds, tokens] drawn with `depth` drafts a step; `always` believes every draft."""
+    built = controls.build([seq(params, seed) for seed in range(rounds)], "cpu")
+    out = torch.zeros(rounds, 1 + tokens + depth, dtype=torch.int64)
+    have = torch.ones(rounds, dtype=torch.int64)  # tokens so far, the first is given
+    every = torch.arange(rounds)
+    seeds = every.unsqueeze(1)
+    while have.min() <= tokens:
+        have.clamp_(max=tokens)  # those that are done do their last token again
+        fed = [out[every, have - 1]]
+        for k in range(depth):
+            fed.append(adversary(name, fed[-1], sampler.uniform(seeds, (have + k).unsqueeze(1)).squeeze(1)))
+        ids = torch.stack(fed, 1)  # [rounds, 1 + depth]
+        chosen = sampler.choose(TABLE[ids], built, have, VOCAB).tokens
+        accepted = speculative.accept(SimpleNamespace(ids=ids, counts=torch.full_like(have, 1 + depth)), chosen)
+        if always:
+            accepted = torch.full_like(accepted, depth)
+            chosen = torch.cat((ids[:, 1:], chosen[:, depth:]), 1)
+        for k in range(1 + depth):
+            out[every, have + k] = torch.where(accepted >= k, chosen[:, k], out[every, have + k])
+        have = have + accepted + 1
+    return out[:, 1 : 1 + tokens]
+
+
+def seq(params: SamplingParams, seed: int) -> Seq:
+    return Seq(request_id=0, ids=[0], prompt_len=1, max_len=9, params=replace(params, seed=seed))
+
+
+def surprise(drawn: torch.Tensor, params: SamplingParams) -> tuple[float, int]:
+    """Pearson's chi-square of whole answers against the exact chain, and its degrees of freedom."""
+    p = (TABLE.double() / params.temperature).softmax(-1)
+    ranked = p.sort(descending=True, stable=True)
+    kept = ranked.values.cumsum(1) - ranked.values < params.top_p
+    p = p * torch.zeros_like(p).scatter_(1, ranked.indices, kept.double())
+    p = p / p.sum(1, keepdim=True)
+    joint = p[0]
+    cell = drawn[:, 0]
+    for k in range(1, drawn.shape[1]):
+        joint = (joint.unsqueeze(-1) * p.repeat(VOCAB ** (k - 1), 1)).flatten()
+        cell = cell * VOCAB + drawn[:, k]
+    counts = cell.bincount(minlength=len(joint)).double()
+    if counts[joint == 0].any():
+        return math.inf, 0
+    counts, want = counts[joint > 0], joint[joint > 0] * len(drawn)
+    return float(((counts - want) ** 2 / want).sum()), len(want) - 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("name", ["unlikeliest", "likeliest", "shared number"])
+def test_sampled_answers_have_the_plain_distribution_whatever_the_drafts(name, depth):
+    drawn = decode(name, depth, 1 + depth, 50_000, PARAMS)
+    chi, degrees = surprise(drawn, PARAMS)
+    assert chi < degrees + 4 * math.sqrt(2 * degrees)
+    assert torch.equal(drawn[:5000], decode(name, 0, 1 + depth, 5000, PARAMS))
+
+
+def test_the_cut_distribution_is_the_plain_one_too():
+    cut = replace(PARAMS, top_p=0.8)
+    chi, degrees = surprise(decode("shared number", 2, 2, 5000, cut), cut)
+    assert chi < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def test_believing_every_draft_is_noticed():
+    """Negative control, with the kindest drafts there are."""
+    chi, degrees = surprise(decode("likeliest", 1, 2, 50_000, PARAMS, always=True), PARAMS)
+    assert chi > 10 * (degrees + 1)
+
+
+def test_a_row_accepts_drafts_up_to_the_first_wrong_one_and_no_more_than_it_has():
+    ids = torch.tensor([[9, 1, 2], [9, 1, 2], [9, 1, 2], [9, 1, 2], [9, 0, 0]])
+    tokens = torch.tensor([[1, 2, 3], [1, 9, 3], [9, 2, 3], [1, 2, 3], [0, 0, 3]])
+    rows = SimpleNamespace(ids=ids, counts=torch.tensor([3, 3, 3, 2, 1]))
+    assert speculative.accept(rows, tokens).tolist() == [2, 1, 0, 1, 0]
+    assert speculative.accept(rows, tokens[:, :1]).tolist() == [0] * 5
 
 
 def test_a_stop_token_cuts_the_second_token_off(foreseeing, prompts):

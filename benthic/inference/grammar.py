@@ -1,0 +1,259 @@
+"""Structured output: which tokens may come next so that the answer has the form that was asked for.
+
+xgrammar (the extra `grammar`) compiles a JSON schema, a regular expression or an EBNF grammar into an automaton over
+tokens. Compiling can take for ever, so it happens in a process of its own that is ended when its time is up. Matching
+happens here, in integers, and is bounded by the processor time that a token may take.
+"""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benthic.base.errors import BenthicError, InputError
+from benthic.inference import schema
+from benthic.inference.config import StructuredOutputsParams
+from benthic.tokenizer.tokenizer import Tokenizer
+
+WORKER = str(Path(__file__).with_name("grammar_worker.py"))
+THINK_END = "</think>"
+MISSING = "structured_outputs needs xgrammar, which is not installed -> pip install 'benthic[grammar]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one form may cost. Everything is checked before it is spent, or ended when it is."""
+
+    characters: int = 65536
+    """Of a schema or grammar."""
+    regex_characters: int = 4096
+    schema_depth: int = 32
+    schema_parts: int = 2048
+    compile_seconds: float = 1.0
+    compile_bytes: int = 2**31
+    """Memory that the compiling process may take on top of what it starts with."""
+    start_seconds: float = 120.0
+    """For the compiling process to start, once."""
+    cache_bytes: int = 2**28
+    """Of all compiled forms that are kept."""
+    token_seconds: float = 0.25
+    """Processor time to advance by one token, or to find the allowed ones."""
+
+
+LIMITS = Limits()
+
+
+class Grammars:
+    """Forms of answers for one tokenizer. `compile` may be called from any thread; the last used forms are kept."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: Limits = LIMITS):
+        self._xgrammar = _import()
+        self.limits, self.vocab_size, self.eos_id = limits, vocab_size, tokenizer.eos_id
+        self.think_end = tokenizer.special.get(THINK_END)
+        added = set(tokenizer.special.values())  # text does not write them: xgrammar never allows tokens without bytes
+        vocab = [b"" if id in added else tokenizer.bytes_of(id) for id in range(min(vocab_size, tokenizer.vocab_size))]
+        self._info = self._xgrammar.TokenizerInfo(
+            vocab, self._xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[self.eos_id]
+        )
+        self._compiler = _Compiler(vocab, vocab_size, self.eos_id, limits)
+        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()  # compiled, or the text of the error
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    def matcher(self, params: StructuredOutputsParams) -> "Matcher":
+        """The state of one answer at its beginning. InputError for a form that cannot be used."""
+        if params.after_thinking and self.think_end is None:
+            raise InputError(f"after_thinking=True, but the tokenizer has no {THINK_END} -> use after_thinking=False")
+        compiled = self.compile(params)
+        return Matcher(
+            self._xgrammar.GrammarMatcher(compiled),
+            self.eos_id,
+            self.think_end if params.after_thinking else None,
+            self.limits.token_seconds,
+        )
+
+    def compile(self, params: StructuredOutputsParams) -> Any:
+        """The compiled form, from the cache if it is there. A form that failed fails again at no cost."""
+        self._check(*params.form)
+        with self._lock:
+            known = self._kept.get(params.form)
+            if known is None:
+                try:
+                    known = self._xgrammar.CompiledGrammar.deserialize_json(self._compiler(*params.form), self._info)
+                except InputError as error:
+                    known = str(error)
+                self._keep(params.form, known)
+            self._kept.move_to_end(params.form)
+        if isinstance(known, str):
+            raise InputError(known)
+        return known
+
+    def close(self) -> None:
+        """End the compiling process."""
+        with self._lock:
+            self._compiler.close()
+
+    def _check(self, kind: str, text: str) -> None:
+        most = self.limits.regex_characters if kind == "regex" else self.limits.characters
+        if len(text) > most:
+            raise InputError(f"{kind} has {len(text)} characters -> give at most {most}")
+        if kind == "json":
+            schema.check(text, self.limits.schema_depth, self.limits.schema_parts)
+
+    def _keep(self, form: tuple[str, str], value: Any) -> None:
+        self._kept[form] = value
+        self._kept_bytes += _size(form, value)
+        while len(self._kept) > 1 and self._kept_bytes > self.limits.cache_bytes:
+            self._kept_bytes -= _size(*self._kept.popitem(last=False))
+
+
+class Matcher:
+    """Where one answer stands in its form. Preemption changes nothing: it follows tokens, not latents."""
+
+    def __init__(self, matcher: Any, eos_id: int, think_end: int | None, seconds: float):
+        self._matcher, self._eos_id, self._think_end, self._seconds = matcher, eos_id, think_end, seconds
+        self.slow = False  # some token took too long: the form explodes, and the request should be ended
+
+    def accept(self, ids: Sequence[int]) -> None:
+        """Advance by the tokens of the answer. Tokens that the form forbids are an error of the caller."""
+        begin = time.thread_time()
+        for id in ids:
+            if self._think_end is not None:
+                self._think_end = None if id == self._think_end else self._think_end
+            elif not self._matcher.accept_token(id):
+                raise BenthicError(
+                    f"token {id} does not fit the form of its answer -> apply the bitmask before choosing"
+                )
+        self.slow |= time.thread_time() - begin > self._seconds * max(1, len(ids))
+
+    def fill(self, row: Tensor) -> None:
+        """Write the allowed tokens to row [1, ceil(V / 32)] int32. Until the thinking has ended everything may come but
+        the end, so that an answer that ends has its form."""
+        if self._think_end is not None:
+            row.fill_(-1)
+            row[0, self._eos_id // 32] = _without(self._eos_id % 32)
+        elif self._matcher.is_terminated():  # a step too many, which nobody reads
+            row.fill_(-1)
+        else:
+            begin = time.thread_time()
+            self._matcher.fill_next_token_bitmask(row)
+            self.slow |= time.thread_time() - begin > self._seconds
+
+
+def bitmask(matchers: Sequence[Matcher], vocab_size: int) -> Tensor:
+    """[rows, ceil(V / 32)] int32 on the host, one row per matcher: what `sampler.choose` takes."""
+    rows = torch.full((len(matchers), -(-vocab_size // 32)), -1, dtype=torch.int32)
+    for i, matcher in enumerate(matchers):
+        matcher.fill(rows[i : i + 1])
+    return rows
+
+
+class _Compiler:
+    """The compiling process, started at once and again after each end."""
+
+    def __init__(self, vocab: list[bytes], vocab_size: int, eos_id: int, limits: Limits):
+        self._limits = limits
+        self._head = {
+            "vocab": [token.decode("latin-1") for token in vocab],
+            "vocab_size": vocab_size,
+            "stop_token_ids": [eos_id],
+            "threads": min(8, os.cpu_count() or 1),
+            "bytes": limits.compile_bytes,
+            "seconds": math.ceil(2 * limits.compile_seconds) + 1,
+        }
+        self._start()
+
+    def __call__(self, kind: str, text: str) -> str:
+        """The compiled form, serialised. InputError with the reason where there is none in time."""
+        if not self._ready and self._answer(self._limits.start_seconds) is None:
+            self.close()
+            raise BenthicError(
+                "the process that compiles grammars does not start -> check the installation of xgrammar"
+            )
+        self._ready = True
+        answer = self._answer(self._limits.compile_seconds, [kind, text])
+        if answer is None:
+            self.close()
+            self._start()
+            raise InputError(
+                f"{kind}={text!r:.40} takes more than {self._limits.compile_seconds:g} s or too much memory to compile "
+                "-> give a simpler one, with smaller bounds on repetitions and lengths"
+            )
+        if "error" in answer:
+            raise InputError(f"{kind}={text!r:.40} cannot be used ({answer['error']}) -> correct it")
+        return answer["grammar"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+    def _start(self) -> None:
+        self._ready = False
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        self._reader = threading.Thread(target=_converse, args=(self._process, self._head, self._lines), daemon=True)
+        self._reader.start()
+
+    def _answer(self, seconds: float, question: object = None) -> dict[str, str] | None:
+        """The next line, None where none comes in time or the process has ended."""
+        try:
+            if question is not None:
+                _write(self._process, question)
+            line = self._lines.get(timeout=seconds)
+        except (queue.Empty, BrokenPipeError):
+            return None
+        return json.loads(line) if line else None
+
+
+def _converse(process: subprocess.Popen, head: object, lines: "queue.SimpleQueue[bytes]") -> None:
+    """Send the head, which waits for the process to have started, and take every line and an empty one at the end."""
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and so do its lines
+        _write(process, head)
+    with process.stdout:
+        for line in process.stdout:
+            lines.put(line)
+    lines.put(b"")
+
+
+def _write(process: subprocess.Popen, message: object) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _size(form: tuple[str, str], value: Any) -> int:
+    return len(form[1]) + (len(value) if isinstance(value, str) else value.memory_size_bytes)
+
+
+def _without(bit: int) -> int:
+    """All 32 bits but one, as int32."""
+    return ~(1 << bit) if bit < 31 else 2**31 - 1
+
+
+def _import() -> Any:
+    try:
+        import xgrammar  # an extra, and slow to import
+    except ImportError as error:
+        raise InputError(MISSING) from error
+    return xgrammar
