@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from benthic.base.errors import InputError
 
@@ -35,6 +35,12 @@ class EngineConfig:
     """Tokens per cache page."""
     enable_prefix_caching: bool = True
     """Keep computed pages for later prompts that begin with the same tokens, until their room is needed."""
+    kv_cache_dtype: Literal["auto", "fp8", "int6"] = "auto"
+    """How latents are kept: as computed, in 8 bits, or in 6."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, cache and everything else may take."""
+    backend: Literal["auto", "plain", "fused"] = "auto"
+    """fused: kernels and CUDA graphs, for MLA models in 16 bits; plain: the model's own code; auto: fused on a GPU."""
     num_pages: int = 0
     """Cache pages; 0 takes enough for max_num_seqs requests of max_model_len tokens."""
 

@@ -4,19 +4,28 @@ It keeps nothing that is derived from the weights except latents, so a trainer m
 whenever no request is unfinished, and then calls `update_weights`. Not thread-safe: one thread owns an engine.
 """
 
+import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
-from benthic.base.errors import BenthicError, InputError
+import torch
+
+from benthic.base.errors import BenthicError, DoesNotFit, InputError
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
 from benthic.inference.request import Delta, FinishReason, Output, Request, Seq
-from benthic.inference.runner import Runner
-from benthic.inference.scheduler import Scheduler
+from benthic.inference.runner import PlainRunner, Runner
+from benthic.inference.scheduler import Plan, Scheduler
 from benthic.inference.stats import Stats
 from benthic.inference.stop import Transcript
+from benthic.model.cache import bytes_per_token
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
+
+
+log = logging.getLogger("benthic")
 
 
 class Decoder(Protocol):
@@ -44,23 +53,24 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
         c = model.config
         modules = c.num_nextn_predict_layers if c.mtp_type == "sequential" else 0  # others cannot draft one by one
-        self.config = (config or EngineConfig()).resolve(c.max_position_embeddings, modules)
+        self.config = fitted((config or EngineConfig()).resolve(c.max_position_embeddings, modules), model)
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
-        self.runner = Runner(model, self.config, self.vocab_size)
+        self.runner: Runner = make_runner(model, self.config, self.vocab_size)
         self.scheduler = Scheduler(self.config)
         self.stats = Stats()
         self._seqs: dict[int, Seq] = {}  # unfinished
         self._matchers: dict[int, Matcher] = {}  # of those whose answer must have a form
         self._transcripts: dict[int, Transcript] = {}  # of those that end with a stop string
         self._grammars: Grammars | None = None  # made when the first request needs it
+        self._flying: deque[tuple[Plan, Any]] = deque()  # steps launched and not collected
         self._aborted: list[Seq] = []  # to be reported by the next step
         self._next_id = 0
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return bool(self._seqs or self._aborted)
+        return bool(self._seqs or self._aborted or self._flying)
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id. Raises InputError for what cannot be run."""
@@ -138,13 +148,14 @@ class Engine:
         again, abort its requests."""
         finished = list(self._aborted)
         deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
-        if self._seqs:
-            plan = self.scheduler.plan()
-            guided = [self._matchers[seq.request_id] for seq in plan.seqs if seq.params.guided]
+        if self._seqs or self._flying:
             try:
-                result = self.runner.run(plan, bitmask(guided, self.vocab_size) if guided else None)
+                self._launch()
+                plan, pending = self._flying.popleft()
+                result = self.runner.collect(pending)
             except BaseException:
                 self.scheduler.rollback()
+                self._flying.clear()
                 raise
             gained = self.scheduler.commit(plan, result.tokens)
             self.stats.count(plan, result.tokens, gained)
@@ -161,6 +172,17 @@ class Engine:
                     finished.append(self._seqs.pop(seq.request_id))
         self._aborted.clear()  # only now: a step that fails has reported nothing
         return Step(deltas, [self._output(seq) for seq in finished])
+
+    def _launch(self) -> None:
+        """Keep as many steps in flight as the runner takes; answers of a given form need every token at once."""
+        ahead = 0 if self._matchers else self.runner.ahead
+        while len(self._flying) <= ahead:
+            plan = self.scheduler.plan()
+            if not plan.seqs:
+                return
+            guided = [self._matchers[seq.request_id] for seq in plan.seqs if seq.params.guided]
+            mask = bitmask(guided, self.vocab_size) if guided else None
+            self._flying.append((plan, self.runner.launch(plan, mask)))
 
     def _follow(self, seq: Seq, new: int) -> int:
         """Tell grammar and stop strings of the new tokens; how many of them a stop string cuts off."""
@@ -245,3 +267,36 @@ class Engine:
                 self.abort(request_id)
             self._aborted.clear()
         return [outputs[ids[place]] for place in range(len(requests))]
+
+
+def make_runner(model: Transformer, config: EngineConfig, vocab_size: int) -> Runner:
+    """Kernels where they can compute the model and it lies on a GPU, else the plain model."""
+    if config.backend == "plain" or (config.backend == "auto" and not model.embed_tokens.weight.is_cuda):
+        return PlainRunner(model, config, vocab_size)
+    from benthic.inference import fused, fused_runner  # needs triton
+
+    if config.backend == "auto" and (reason := fused.unfit(model)):
+        log.warning("%s: the plain forward pass is used, which is slower", reason)
+        return PlainRunner(model, config, vocab_size)
+    return fused_runner.FusedRunner(model, config, vocab_size)
+
+
+def fitted(config: EngineConfig, model: Transformer) -> EngineConfig:
+    """On a GPU, no more cache pages than its memory holds beside the weights."""
+    device = model.embed_tokens.weight.device
+    if device.type != "cuda":
+        return config
+    free, total = torch.cuda.mem_get_info(device)
+    room = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room -= int(total * (1 - config.gpu_memory_utilization))
+    per_page = config.page_size * (8 + bytes_per_token(model.config, model.dtype.itemsize, config.kv_cache_dtype))
+    pages = min(config.num_pages, max(0, room // per_page))
+    longest = -(-config.max_model_len // config.page_size)
+    if pages < longest:
+        raise DoesNotFit(
+            f"max_model_len={config.max_model_len} needs {longest} cache pages of {config.page_size} tokens, the memory "
+            f"of {device} has room for {pages} -> lower max_model_len, or raise gpu_memory_utilization"
+        )
+    size = pages * per_page / 1e9
+    log.info("cache: %s tokens in %s pages, %.1f GB", f"{pages * config.page_size:,}", f"{pages:,}", size)
+    return replace(config, num_pages=pages)

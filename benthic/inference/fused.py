@@ -72,7 +72,8 @@ class Fused:
     """`hidden(tokens)` and `mtp_hidden(...)` of `model` over `cache`, whose pages hold `page_size` tokens."""
 
     def __init__(self, model: Transformer, cache: LatentCache, page_size: int):
-        refuse(model)
+        if reason := unfit(model):
+            raise InputError(f"{reason} -> use the plain forward pass")
         self.model, self.cache, self.page_size = model, cache, page_size
         device = model.embed_tokens.weight.device
         self.frequencies, self.turn = frequencies(model.config, device), turn_factor(model.config)
@@ -201,17 +202,18 @@ def of_module(mlp: MoE) -> ExpertWeights:
     )  # fmt: skip
 
 
-def refuse(model: Transformer) -> None:
-    """Raise InputError where these kernels cannot compute the model."""
+def unfit(model: Transformer) -> str:
+    """Why these kernels cannot compute the model; "" if they can."""
     c = model.config
-    dtypes = {p.dtype for p in model.parameters()}
     if c.kv_lora_rank is None or c.gate_affinity != "dot":
-        raise InputError(f"kv_lora_rank={c.kv_lora_rank}, gate_affinity={c.gate_affinity!r} -> use the plain forward")
+        return f"kv_lora_rank={c.kv_lora_rank}, gate_affinity={c.gate_affinity!r}"
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if (width := getattr(c, name)) & (width - 1) or width < 16:
-            raise InputError(f"{name}={width} is no power of two from 16 -> use the plain forward")
-    if dtypes != {model.dtype} or (model.dtype == torch.float32 and model.embed_tokens.weight.is_cuda):
-        raise InputError(f"weights in {dtypes}, computing in {model.dtype} -> load with one 16-bit dtype")
+            return f"{name}={width} is no power of two from 16"
+    dtypes = {p.dtype for p in model.parameters()}
+    if dtypes != {model.dtype}:
+        return f"weights in {', '.join(sorted(map(str, dtypes)))}, computing in {model.dtype}, not all in one dtype"
+    return ""
 
 
 def lay_together(*layers: Linear) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from benthic.base.errors import BenthicError, DoesNotFit
 from benthic.inference import batch, sampler, speculative
 from benthic.inference.config import EngineConfig
-from benthic.inference.request import Top
+from benthic.inference.request import Seq, Top
 from benthic.inference.scheduler import Plan
 from benthic.model.cache import CacheView, LatentCache
 from benthic.model.transformer import Transformer
@@ -26,30 +26,58 @@ class Result(NamedTuple):
     tops: list[list[Top]]
 
 
-class Runner:
-    """Owns the cache: num_pages pages and the trash page before them. Chooses ids below `vocab_size`."""
+    @classmethod
+    def joined(cls, parts: list["Result"]) -> "Result":
+        """Of neighbouring rows."""
+        return cls(*(list(chain.from_iterable(lists)) for lists in zip(*parts)))
+
+
+class Runner(Protocol):
+    """What the engine runs plans with. Up to `ahead` steps may be launched before an older one is collected."""
+
+    cache: LatentCache
+    ahead: int
+
+    def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Any: ...
+
+    def collect(self, pending: Any) -> Result: ...
+
+
+def make_cache(model: Transformer, config: EngineConfig) -> tuple[LatentCache, Tensor]:
+    """num_pages pages and the trash page before them, and the ids [slots] of the tokens whose latents stand there."""
+    slots, device = (1 + config.num_pages) * config.page_size, model.embed_tokens.weight.device
+    try:
+        cache = LatentCache(model.config, slots, device, model.dtype, config.kv_cache_dtype)
+        return cache, torch.zeros(slots, dtype=torch.int64, device=device)
+    except RuntimeError as error:  # what torch raises when the device cannot give the memory
+        raise DoesNotFit(
+            f"no memory on {device} for num_pages={config.num_pages} cache pages of {config.page_size} tokens "
+            "-> lower max_num_seqs, max_model_len or num_pages"
+        ) from error
+
+
+class PlainRunner:
+    """The model as it stands, on any device: the reference. Chooses ids below `vocab_size`."""
+
+    ahead = 0
 
     def __init__(self, model: Transformer, config: EngineConfig, vocab_size: int):
         self.model, self.config, self.vocab_size = model, config, vocab_size
         self.device = model.embed_tokens.weight.device
-        slots = (1 + config.num_pages) * config.page_size
-        try:
-            self.cache = LatentCache(model.config, slots, self.device, model.dtype)
-            self.ids = torch.zeros(slots, dtype=torch.int64, device=self.device)  # whose latents stand there
-        except RuntimeError as error:  # what torch raises when the device cannot give the memory
-            raise DoesNotFit(
-                f"no memory on {self.device} for num_pages={config.num_pages} cache pages of {config.page_size} tokens "
-                "-> lower max_num_seqs, max_model_len or num_pages"
-            ) from error
+        self.cache, self.ids = make_cache(model, config)
+
+    def collect(self, pending: Result) -> Result:
+        """What `launch` has found: it waits itself."""
+        return pending
 
     @torch.inference_mode()
-    def run(self, plan: Plan, bitmask: Tensor | None = None) -> Result:
+    def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Result:
         """Compute the plan's tokens and choose the next ones. `bitmask` of the guided rows as in `sampler.choose`."""
         parts, guided = [], 0
         for part in batch.cut(plan, self.config.max_num_batched_tokens):
             first, guided = guided, guided + sum(seq.params.guided for seq in part.seqs)
             parts.append(self._part(part, None if bitmask is None or guided == first else bitmask[first:guided]))
-        return Result(*(list(chain.from_iterable(lists)) for lists in zip(*parts)))
+        return Result.joined(parts)
 
     def _part(self, plan: Plan, bitmask: Tensor | None) -> Result:
         rows = batch.build(plan, self.config.page_size, self.device)
@@ -70,28 +98,29 @@ class Runner:
             guess = self.model.logits(ahead)
             places = rows.places + accepted + 1
             drafts = sampler.propose(guess, rows.controls, places, self.vocab_size).unsqueeze(1)
-        return to_host(plan, choice, accepted, drafts)
+        return cut_to_host(plan.seqs, choice, accepted, drafts)
 
 
-def to_host(plan: Plan, choice: sampler.Choice, accepted: Tensor, drafts: Tensor) -> Result:
-    """Wait for the device and cut each row to the tokens it emits. Logits that are not numbers are an error."""
-    k = choice.tokens.shape[1]
-    integers = torch.cat((choice.tokens, accepted.unsqueeze(1), drafts), 1).tolist()  # [B, K + 1 + drafts]
+def cut_to_host(seqs: list[Seq], choice: sampler.Choice, accepted: Tensor, drafts: Tensor) -> Result:
+    """Wait for the device and cut each row to the tokens it emits; rows past `seqs` are padding. Logits that are not
+    numbers are an error."""
+    k, rows = choice.tokens.shape[1], len(seqs)
+    integers = torch.cat((choice.tokens, accepted.unsqueeze(1), drafts), 1)[:rows].tolist()  # [B, K + 1 + drafts]
     scores = [row[: 1 + ints[k]] for row, ints in zip(choice.logprobs.tolist(), integers)]
     if not math.isfinite(sum(map(sum, scores))):
         raise BenthicError("the model's logits are not finite -> check the weights (a diverged or damaged checkpoint)")
     tokens, drafted = [ints[: 1 + ints[k]] for ints in integers], [ints[k + 1 :] for ints in integers]
-    return Result(tokens, scores, drafted, _tops(plan, choice))
+    return Result(tokens, scores, drafted, _tops(seqs, choice))
 
 
-def _tops(plan: Plan, choice: sampler.Choice) -> list[list[Top]]:
+def _tops(seqs: list[Seq], choice: sampler.Choice) -> list[list[Top]]:
     """The reports of the rows that want one, [] for the others."""
     if choice.top_ids is None or choice.top_logprobs is None:
-        return [[] for _ in plan.seqs]
+        return [[] for _ in seqs]
     reports = zip(choice.top_ids.tolist(), choice.top_logprobs.tolist())  # per reported row [K, n] each
     return [
         [list(zip(ids, scores))[: seq.params.logprobs] for ids, scores in zip(*next(reports))]
         if seq.params.logprobs
         else []
-        for seq in plan.seqs
+        for seq in seqs
     ]

@@ -53,11 +53,13 @@ def _combine(
         tl.store(normed + token * D + d, (value * scale * weight).to(dtype), mask=inside)
 
 
-def choose_tiles(n: int, k: int, e: int, fp8: bool) -> Rows | Tiles | Sorted:
+def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Rows | Tiles | Sorted:
     """The way and its block sizes for N tokens, by the pairs that an expert gets on average: tiles are no taller than
     will be filled, because empty rows cost operations, and no flatter, because each tile reads its expert's weights
     again. Measured on an H200 with V2-Lite's shape."""
-    pairs = n * k / e
+    pairs, fp8 = n * k / e, dtype == torch.float8_e4m3fn
+    if dtype == torch.float32:  # twice the bytes per tile; only models too small to care compute in it
+        return Rows(up_chunk=512, down_chunk=512) if n <= 4 else Tiles(up_k=64, down_k=64, num_stages=3)
     if n <= 4:
         return Rows(up_block=8, up_chunk=2048, down_block=8) if fp8 else Rows()
     if pairs <= 16:
@@ -83,7 +85,7 @@ def _experts_and_sum(
     normed = out if norm_weight is None else torch.empty_like(out)
     if n == 0:
         return normed, out
-    tiles = tiles or choose_tiles(n, k, len(weights.down_proj), weights.fp8)
+    tiles = tiles or choose_tiles(n, k, len(weights.down_proj), weights.down_proj.dtype)
     place, shared = None, None
     if isinstance(tiles, Sorted):
         y, place, shared = tiles.outputs(x, weights, topk_ids)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from benthic.kernels import latent
 from benthic.kernels.latent import Latents, empty_latents
 from benthic.model.config import ModelConfig
 
@@ -34,6 +35,13 @@ class LatentCache:
         rope = 0 if config.kv_lora_rank is None else config.qk_rope_head_dim
         width = config.cache_width - rope
         self.layers = [empty_latents(format, num_slots, width, rope, dtype, device) for _ in range(layers)]
+
+
+def bytes_per_token(config: ModelConfig, itemsize: int, format: CacheFormat = "auto") -> int:
+    """Cache bytes of one token over all layers, prediction modules included; `itemsize` is that of the compute dtype."""
+    rope = 0 if config.kv_lora_rank is None else config.qk_rope_head_dim
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return layers * latent.bytes_per_token(format, config.cache_width - rope, rope, itemsize)
 
 
 @dataclass

@@ -187,7 +187,7 @@ def test_the_grid_has_room_for_the_worst_choice() -> None:
 
 
 def test_more_pairs_per_expert_give_taller_tiles() -> None:
-    ways = [choose_tiles(n, 6, 64, False) for n in (1, 4, 5, 128, 256, 512, 1024, 4096)]
+    ways = [choose_tiles(n, 6, 64, torch.bfloat16) for n in (1, 4, 5, 128, 256, 512, 1024, 4096)]
     assert [type(way) for way in ways] == [Rows] * 2 + [Tiles] * 5 + [Sorted]
     assert [way.block_m for way in ways if isinstance(way, Tiles)] == [16, 16, 32, 64, 128]
 

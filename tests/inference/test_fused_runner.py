@@ -1,0 +1,140 @@
+"""The engine on kernels answers as the engine on the plain model: prompts in chunks, cached prefixes, drafts, steps that
+run ahead. Graphs are CUDA's on a GPU; elsewhere a stand-in runs the step again and refills the same tensors."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_fused import V2, V3, build
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton")
+pytestmark = [] if torch.cuda.is_available() else [pytest.mark.long]  # minutes in the interpreter
+
+from benthic.inference import fused_runner
+from benthic.inference.config import EngineConfig, SamplingParams
+from benthic.inference.engine import Engine
+from benthic.inference.request import Request
+
+GREEDY = SamplingParams(max_tokens=9, temperature=0)
+
+
+def tensors(found: Any) -> list[Tensor]:
+    """Every tensor in dataclasses, tuples and lists."""
+    if isinstance(found, Tensor):
+        return [found]
+    if dataclasses.is_dataclass(found):
+        return [t for f in dataclasses.fields(found) for t in tensors(getattr(found, f.name))]
+    if isinstance(found, tuple | list):
+        return [t for part in found for t in tensors(part)]
+    return []
+
+
+class Host:
+    """The GPU's manners without one."""
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def event(self) -> Any:
+        class Done:
+            def synchronize(self) -> None: ...
+
+        return Done()
+
+    def graph(self, step: Callable[[], Any]) -> tuple[Any, Any]:
+        out = step()
+
+        class Replayed:
+            def replay(self) -> None:
+                for old, new in zip(tensors(out), tensors(step()), strict=True):
+                    old.copy_(new)
+
+        return Replayed(), out
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(fused_runner, "Cuda", Host)
+
+
+def engines(config, device: str, **settings) -> tuple[Engine, Engine]:
+    """(plain, fused) on the same weights in float32."""
+    model = build(config, "cpu").to(device)
+    settings = {"page_size": 16, "max_model_len": 96, "max_num_seqs": 4, "num_pages": 40} | settings
+    return tuple(Engine(model, None, EngineConfig(backend=b, **settings)) for b in ("plain", "fused"))  # type: ignore
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(2, 61, (n,), generator=generator).tolist() for n in lengths]
+
+
+def same(plain: Engine, fused: Engine, asked: list[list[int]], params) -> None:
+    for a, b in zip(plain.generate(asked, params), fused.generate(asked, params), strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert not fused.busy
+    assert len(fused.scheduler.pool.free) == fused.config.num_pages
+
+
+@pytest.mark.parametrize("config", [V3, V2], ids=["V3", "V2"])
+@pytest.mark.parametrize("budget", [8192, 16], ids=["whole prompts", "chunks"])
+def test_greedy_answers_are_those_of_the_plain_engine(config, budget, device) -> None:
+    plain, fused = engines(config, device, max_num_batched_tokens=budget)
+    same(plain, fused, prompts(5, 21, 1, 33, 16), GREEDY)
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) -> None:
+    plain, fused = engines(V3, device, num_speculative_tokens=drafts)
+    params = [
+        SamplingParams(max_tokens=7, seed=1),
+        SamplingParams(max_tokens=7, seed=2, temperature=0.7, top_k=20, top_p=0.9),
+        SamplingParams(max_tokens=7, seed=3, repetition_penalty=1.3, logprobs=2),
+        GREEDY,
+    ]
+    same(plain, fused, prompts(9, 18, 4, 12), params)
+
+
+def test_drafts_change_no_answer_and_are_verified(device) -> None:
+    plain, fused = engines(V3, device, num_speculative_tokens=1)
+    same(plain, fused, prompts(5, 21, 33), GREEDY)
+    assert fused.stats.drafted > 0
+    assert fused.stats.accepted == plain.stats.accepted
+
+
+def test_a_cached_prefix_changes_no_answer(device) -> None:
+    plain, fused = engines(V3, device)
+    (start,) = prompts(40)
+    asked = [start + tail for tail in prompts(3, 9, 20)]
+    same(plain, fused, [start], GREEDY)
+    same(plain, fused, asked, GREEDY)
+
+
+def test_preempted_requests_answer_as_undisturbed_ones(device) -> None:
+    plain, fused = engines(V2, device, num_pages=8)
+    same(plain, fused, prompts(15, 14, 15, 13), dataclasses.replace(GREEDY, max_tokens=40))
+    assert fused.stats.preemptions > 0
+
+
+def test_requests_that_come_and_go_between_steps_answer_as_alone(device) -> None:
+    plain, fused = engines(V3, device, num_speculative_tokens=1)
+    asked = prompts(12, 25, 7, 19)
+    alone = [plain.generate([prompt], GREEDY)[0].token_ids for prompt in asked]
+    found: dict[int, list[int]] = {}
+    ids = []
+    for i, prompt in enumerate(asked):
+        ids.append(fused.add(Request(prompt_token_ids=prompt, params=GREEDY)))
+        if i == 2:
+            fused.abort(ids[1])
+        for _ in range(2):
+            found |= {o.request_id: o.token_ids for o in fused.step().outputs}
+    while fused.busy:
+        found |= {o.request_id: o.token_ids for o in fused.step().outputs}
+    for i in (0, 2, 3):
+        assert found[ids[i]] == alone[i]
+    assert found[ids[1]] == alone[1][: len(found[ids[1]])]
