@@ -217,7 +217,6 @@ class _Compiler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
         self._reader = threading.Thread(target=_converse, args=(self._process, self._head, self._lines), daemon=True)
         self._reader.start()

@@ -1,6 +1,6 @@
 """What an engine has done since it was made. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benthic.inference.scheduler import Plan
 
@@ -16,6 +16,8 @@ class Stats:
     decode_tokens: int = 0  # emitted by decode rows
     drafted: int = 0
     accepted: int = 0
+    drafted_at: list[int] = field(default_factory=list)  # of the first, second, ... draft of a row
+    accepted_at: list[int] = field(default_factory=list)
     preemptions: int = 0
 
     def count(self, plan: Plan, chosen: list[list[int]], emitted: int) -> None:
@@ -29,6 +31,13 @@ class Stats:
         self.decode_tokens += emitted
         self.drafted += sum(plan.counts) - len(plan.counts)
         self.accepted += sum(map(len, chosen)) - len(chosen)
+        for count, tokens in zip(plan.counts, chosen):
+            for place in range(count - 1):
+                if place == len(self.drafted_at):
+                    self.drafted_at.append(0)
+                    self.accepted_at.append(0)
+                self.drafted_at[place] += 1
+                self.accepted_at[place] += place < len(tokens) - 1
 
     @property
     def acceptance(self) -> float:
