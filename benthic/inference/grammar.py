@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -234,19 +234,24 @@ class _Compiler:
 
 def _converse(process: subprocess.Popen, head: object, lines: "queue.SimpleQueue[bytes]") -> None:
     """Send the head, which waits for the process to have started, and take every line and an empty one at the end."""
-    assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # it has ended, and so do its lines
         _write(process, head)
-    with process.stdout:
-        for line in process.stdout:
+    with _pipe(process.stdout) as stdout:
+        for line in stdout:
             lines.put(line)
     lines.put(b"")
 
 
 def _write(process: subprocess.Popen, message: object) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(message).encode() + b"\n")
-    process.stdin.flush()
+    stdin = _pipe(process.stdin)
+    stdin.write(json.dumps(message).encode() + b"\n")
+    stdin.flush()
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    if stream is None:
+        raise RuntimeError("the compiling process was started without pipes")
+    return stream
 
 
 def _size(form: tuple[str, str], value: Any) -> int:
