@@ -10,6 +10,7 @@ import json
 import math
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from benthic.tokenizer.tokenizer import Tokenizer
 
 WORKER = str(Path(__file__).with_name("grammar_worker.py"))
 THINK_END = "</think>"
+CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # JSON has them nowhere, or a tab between values, at most
 MISSING = "structured_outputs needs xgrammar, which is not installed -> pip install 'benthic[grammar]'"
 
 
@@ -68,6 +70,7 @@ class Grammars:
         self._info = self._xgrammar.TokenizerInfo(
             vocab, self._xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[self.eos_id]
         )
+        self._json_tokens = _packed([not CONTROL.search(token) for token in vocab], vocab_size)
         self._compiler = _Compiler(vocab, vocab_size, self.eos_id, limits)
         self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()  # compiled, or the text of the error
         self._kept_bytes = 0
@@ -80,6 +83,7 @@ class Grammars:
         compiled = self.compile(params)
         return Matcher(
             self._xgrammar.GrammarMatcher(compiled),
+            self._json_tokens if params.form[0] == "json" else None,
             self.eos_id,
             self.think_end if params.after_thinking else None,
             self.limits.token_seconds,
@@ -123,8 +127,10 @@ class Grammars:
 class Matcher:
     """Where one answer stands in its form. Preemption changes nothing: it follows tokens, not latents."""
 
-    def __init__(self, matcher: Any, eos_id: int, think_end: int | None, seconds: float):
-        self._matcher, self._eos_id, self._think_end, self._seconds = matcher, eos_id, think_end, seconds
+    def __init__(self, matcher: Any, tokens: Tensor | None, eos_id: int, think_end: int | None, seconds: float):
+        """`tokens` [ceil(V / 32)] are the only ones that any place of the form allows; None: that is up to the form."""
+        self._matcher, self._tokens, self._eos_id = matcher, tokens, eos_id
+        self._think_end, self._seconds = think_end, seconds
         self.slow = False  # some token took too long: the form explodes, and the request should be ended
 
     def accept(self, ids: Sequence[int]) -> None:
@@ -150,6 +156,8 @@ class Matcher:
         else:
             begin = time.thread_time()
             self._matcher.fill_next_token_bitmask(row)
+            if self._tokens is not None:
+                row &= self._tokens
             self.slow |= time.thread_time() - begin > self._seconds
 
 
@@ -209,7 +217,6 @@ class _Compiler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
         self._reader = threading.Thread(target=_converse, args=(self._process, self._head, self._lines), daemon=True)
         self._reader.start()
@@ -227,23 +234,36 @@ class _Compiler:
 
 def _converse(process: subprocess.Popen, head: object, lines: "queue.SimpleQueue[bytes]") -> None:
     """Send the head, which waits for the process to have started, and take every line and an empty one at the end."""
-    assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # it has ended, and so do its lines
         _write(process, head)
-    with process.stdout:
-        for line in process.stdout:
+    with _pipe(process.stdout) as stdout:
+        for line in stdout:
             lines.put(line)
     lines.put(b"")
 
 
 def _write(process: subprocess.Popen, message: object) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(message).encode() + b"\n")
-    process.stdin.flush()
+    stdin = _pipe(process.stdin)
+    stdin.write(json.dumps(message).encode() + b"\n")
+    stdin.flush()
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    if stream is None:
+        raise RuntimeError("the compiling process was started without pipes")
+    return stream
 
 
 def _size(form: tuple[str, str], value: Any) -> int:
     return len(form[1]) + (len(value) if isinstance(value, str) else value.memory_size_bytes)
+
+
+def _packed(allowed: list[bool], vocab_size: int) -> Tensor:
+    """One bit per token as in a bitmask."""
+    bits = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.int64)
+    bits[: len(allowed)] = torch.tensor(allowed, dtype=torch.int64)
+    words = (bits.view(-1, 32) << torch.arange(32)).sum(1)
+    return words.to(torch.int32)
 
 
 def _without(bit: int) -> int:

@@ -41,13 +41,13 @@ def _alarm(seconds: int) -> None:
 
 
 def _compile(compiler: xgrammar.GrammarCompiler, kind: str, text: str) -> dict[str, str]:
-    compile = {
+    make = {
         "json": compiler.compile_json_schema,
         "regex": compiler.compile_regex,
         "grammar": compiler.compile_grammar,
     }[kind]
     try:
-        return {"grammar": compile(text).serialize_json()}
+        return {"grammar": make(text).serialize_json()}
     except (RuntimeError, MemoryError) as error:  # what the library raises for texts that it does not understand
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {"error": lines[-1].split("] ", 1)[-1]}

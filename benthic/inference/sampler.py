@@ -4,12 +4,11 @@ sequence and what stands before it, never on its neighbours.
 Order: additions (logit_bias, min_tokens) and the grammar's bitmask, repetition, frequency and presence penalty,
 temperature, top_k, top_p of what is left, min_p. Log-probabilities are those of the model itself, before all of that.
 
-A token is drawn by the inverse distribution function in vocabulary order. Weights are integers, 2^44 for the likeliest,
-and sums of integers are exact: no order of summation, and so no neighbour, changes a choice, and a weight of 0 is never
-chosen. That is the weight of tokens less likely than the likeliest by a factor of 2^-44.
+Weights are integers, 2^44 for the likeliest token, and sums of integers are exact: no order of summation, and so no
+neighbour, changes a choice. Tokens less likely than the likeliest by a factor of 2^-44 have weight 0.
 
-The random number of a token is a function of the request's seed and of the token's place in the sequence. So a draft
-can be made with the very number that its token will be drawn with, and to verify it is to draw and compare
+The random numbers of a token are a function of the request's seed and of the token's place in the sequence (chance.py).
+So a draft can be made with the very numbers that its token will be drawn with, and to verify it is to draw and compare
 (speculative.py).
 
 Nothing here waits for the device, and shapes follow from those of the arguments.
@@ -23,12 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benthic.inference.chance import draw
 from benthic.inference.controls import Controls, Limit, Penalties
-from benthic.inference.select import draw, leading, padded
+from benthic.inference.select import leading, padded
 
 UNIT = 2.0**44  # weight of the likeliest token
-EVERYTHING = 2**62
-GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # odd constants of SplitMix64
 
 
 class Choice(NamedTuple):
@@ -76,8 +74,8 @@ def choose(
 def propose(logits: Tensor, controls: Controls | None, places: Tensor, vocab_size: int) -> Tensor:
     """A draft per row: logits [B, V] of a guessing module -> tokens [B] for the places [B].
 
-    Drawn with the number that the place's token will be drawn with: distributions alike choose alike. Cutting the guess
-    with top_k, top_p and min_p would cost more time than it wins.
+    Drawn with the numbers that the place's token will be drawn with: distributions alike choose alike. Cutting the
+    guess with top_k, top_p and min_p would cost more time than it wins.
     """
     allowed = logits[..., :vocab_size].unsqueeze(1)  # [B, 1, V]
     if controls is None or not controls.draws:
@@ -87,24 +85,6 @@ def propose(logits: Tensor, controls: Controls | None, places: Tensor, vocab_siz
     if controls.rows is None:
         return picked.squeeze(1)
     return allowed.argmax(-1).index_copy(0, controls.rows, picked).squeeze(1)
-
-
-def uniform(seed: Tensor, place: Tensor) -> Tensor:
-    """The random number in [0, 1) of a place in the sequence, float64: SplitMix64 at state mix(seed) + place + 1."""
-    bits = _mix(_mix(seed + GOLDEN) + (place + 1) * GOLDEN)
-    return _shift(bits, 11).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, which wraps around."""
-    x = (x ^ _shift(x, 30)) * MIX_1
-    x = (x ^ _shift(x, 27)) * MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    """x >> by, filled with zeros."""
-    return (x >> by) & (2 ** (64 - by) - 1)
 
 
 def _choice(every: Tensor, tokens: Tensor) -> Choice:
@@ -178,7 +158,7 @@ def _pick(logits: Tensor, controls: Controls, where: Tensor, cut: bool) -> Tenso
     weights = (scaled.exp() * UNIT).long()  # [P, K, V']
     if cut:
         weights = _cut(weights, below, controls)
-    drawn = draw(weights, uniform(controls.seed.unsqueeze(1), where)).clamp(max=logits.shape[2] - 1)
+    drawn = draw(weights, controls.seed.unsqueeze(1), where).clamp(max=logits.shape[2] - 1)
     if controls.greedy is None:
         return drawn
     return torch.where(controls.greedy.unsqueeze(1), logits.argmax(-1), drawn)

@@ -14,8 +14,16 @@ MAX_INT32 = 2**31 - 1
 
 
 def block_of(vocab_size: int) -> int:
-    """Tokens whose amounts are summed first. No result depends on it."""
+    """Tokens whose amounts are summed first. What is drawn depends on it, so it may not change."""
     return 512 if vocab_size >= WIDE else 32
+
+
+def in_blocks(amounts: Tensor) -> Tensor:
+    """amounts [..., V'] -> [..., blocks, size]; 0 behind the last."""
+    size = block_of(amounts.shape[-1])
+    if rest := amounts.shape[-1] % size:
+        amounts = F.pad(amounts, (0, size - rest))
+    return amounts.unflatten(-1, (-1, size))
 
 
 def padded(logits: Tensor, best: Tensor) -> Tensor:
@@ -28,17 +36,18 @@ def padded(logits: Tensor, best: Tensor) -> Tensor:
     return out
 
 
-def draw(amounts: Tensor, uniform: Tensor) -> Tensor:
-    """int64 amounts [..., V'], uniform [...] float64 in [0, 1) -> ids [...], each with its share of the whole."""
-    blocks, sums = _blocks(amounts)
-    total = sums.sum(-1)
-    target = torch.minimum((uniform * total).long(), total - 1)  # a product of float64 may round up to the whole
-    return _locate(blocks, sums, target)
-
-
 def locate(amounts: Tensor, target: Tensor) -> Tensor:
     """The first id [...] up to which the amounts [..., V'] sum to more than target [...]; the last where none do."""
-    return _locate(*_blocks(amounts), target)
+    blocks = in_blocks(amounts)
+    count, size = blocks.shape[-2:]
+    sums = blocks.sum(-1)
+    upto = sums.cumsum(-1)
+    target = target.unsqueeze(-1)  # [..., 1]
+    block = (upto <= target).sum(-1, keepdim=True).clamp(max=count - 1)  # [..., 1]
+    target = target - upto.gather(-1, block) + sums.gather(-1, block)
+    inner = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, size)).squeeze(-2)  # [..., size]
+    place = (inner.cumsum(-1) <= target).sum(-1, keepdim=True).clamp(max=size - 1)
+    return (block * size + place).squeeze(-1).clamp(max=amounts.shape[-1] - 1)
 
 
 def leading(below: Tensor, amounts: Tensor, target: Tensor) -> Tensor:
@@ -63,23 +72,3 @@ def leading(below: Tensor, amounts: Tensor, target: Tensor) -> Tensor:
     last = locate(left, target.squeeze(-1) - 1).unsqueeze(-1)
     ids = torch.arange(below.shape[-1], device=below.device)
     return (rank < prefix) | ((rank == prefix) & (ids <= last))
-
-
-def _blocks(amounts: Tensor) -> tuple[Tensor, Tensor]:
-    """amounts [..., V'] -> [..., blocks, block] and their sums [..., blocks]."""
-    block = block_of(amounts.shape[-1])
-    if rest := amounts.shape[-1] % block:
-        amounts = F.pad(amounts, (0, block - rest))
-    blocks = amounts.unflatten(-1, (-1, block))
-    return blocks, blocks.sum(-1)
-
-
-def _locate(blocks: Tensor, sums: Tensor, target: Tensor) -> Tensor:
-    target = target.unsqueeze(-1)  # [..., 1]
-    upto = sums.cumsum(-1)
-    block = (upto <= target).sum(-1, keepdim=True).clamp(max=sums.shape[-1] - 1)  # [..., 1]
-    target = target - upto.gather(-1, block) + sums.gather(-1, block)
-    size = blocks.shape[-1]
-    inner = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, size)).squeeze(-2)  # [..., size]
-    place = (inner.cumsum(-1) <= target).sum(-1, keepdim=True).clamp(max=size - 1)
-    return (block * size + place).squeeze(-1)

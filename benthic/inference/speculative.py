@@ -1,13 +1,13 @@
 """Drafting with the first multi-token prediction module, verified exactly (V3 Sec 5.4.3).
 
 A step that computes token t_{i+1} and drafts of the next K - 1 yields logits at all of them. The sampler chooses at
-every position as if the drafts before it were right, with the random number of that place. As long as it chooses the
+every position as if the drafts before it were right, with the random numbers of that place. As long as it chooses the
 draft, the next choice is that of plain decoding; the first other choice is the last one emitted. So the answer is the
 plain one, token by token, for rows that draw as for those that take the likeliest, and whatever the drafts.
 
 To draw x from p and keep the draft d where x = d is to accept d with probability p(d), and otherwise to draw from p
 without d: speculative sampling (Leviathan et al. 2023, Chen et al. 2023) of a draft that is certain. A module that
-draws its draft with the number of that place (`sampler.propose`) is right nearly as often as min(p, q) allows.
+draws its draft with the numbers of that place (`sampler.propose`) is right nearly as often as min(p, q) allows.
 
 The module at position i takes h_i and Emb(t_{i+1}). Its latents live in the slot of position i, on a layer of their
 own: prompts fill it too, the last position with the first token of the answer. A rejected draft leaves nothing to

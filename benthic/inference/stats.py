@@ -1,6 +1,6 @@
 """What an engine has done since it was made. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benthic.inference.scheduler import Plan
 
@@ -16,6 +16,8 @@ class Stats:
     decode_tokens: int = 0  # emitted by decode rows
     drafted: int = 0
     accepted: int = 0
+    drafted_at: list[int] = field(default_factory=list)  # of the first, second, ... draft of a row
+    accepted_at: list[int] = field(default_factory=list)
     preemptions: int = 0
 
     def count(self, plan: Plan, chosen: list[list[int]], gained: list[int]) -> None:
@@ -27,8 +29,17 @@ class Stats:
             if new:
                 self.decode_rows += 1
                 self.decode_tokens += new
-                self.drafted += count - 1
-                self.accepted += len(tokens) - 1
+                self._drafts(count - 1, len(tokens) - 1)
+
+    def _drafts(self, made: int, right: int) -> None:
+        self.drafted += made
+        self.accepted += right
+        missing = made - len(self.drafted_at)
+        self.drafted_at += [0] * missing
+        self.accepted_at += [0] * missing
+        for place in range(made):
+            self.drafted_at[place] += 1
+            self.accepted_at[place] += place < right
 
     @property
     def acceptance(self) -> float:

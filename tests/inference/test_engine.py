@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benthic.base.errors import BenthicError, DoesNotFit, InputError
+from benthic.inference.chance import draw
 from benthic.inference.config import EngineConfig, SamplingParams, sample_seed
 from benthic.inference.engine import Engine
 from benthic.inference.request import Request
-from benthic.inference.sampler import uniform
 from benthic.model.transformer import Transformer
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
@@ -126,17 +126,24 @@ def test_poison_where_it_is_read_is_noticed(model, prompts, temperature):
     assert answers(engine.generate(prompts[:2], GREEDY)) == [recomputed(model, prompt, 16) for prompt in prompts[:2]]
 
 
-def test_each_position_takes_its_own_random_number(model, prompts):
+def test_each_token_is_drawn_with_the_numbers_of_its_seed_and_place(model, prompts):
     params = SamplingParams(max_tokens=12, temperature=1.5, seed=8)
     for output in Engine(model, None).generate(prompts[:6], params):
         ids = torch.tensor([output.prompt_token_ids + output.token_ids])
+        begin = len(output.prompt_token_ids)
         with torch.inference_mode():
-            p = (model(ids)[0, len(output.prompt_token_ids) - 1 : -1].double() / 1.5).softmax(-1)  # [12, V]
-        below = p.cumsum(-1).gather(1, torch.tensor(output.token_ids)[:, None]).squeeze(1).tolist()
-        places = torch.arange(len(output.prompt_token_ids), ids.shape[1])
-        own = uniform(torch.tensor(8), places).tolist()
-        for token, upper, row, u in zip(output.token_ids, below, p.tolist(), own):
-            assert upper - row[token] - 1e-5 <= u <= upper + 1e-5
+            logits = model(ids)[0, begin - 1 : -1]  # [12, V]
+        weights = ((logits - logits.amax(-1, keepdim=True)) / 1.5).exp() * 2.0**44
+        places = torch.arange(begin, ids.shape[1])
+        assert output.token_ids == draw(weights.long(), torch.full_like(places, 8), places).tolist()
+
+
+def test_an_answer_goes_on_from_its_beginning_as_if_it_had_never_stopped(model, prompts):
+    """Numbers belong to places: the answer so far can be given as the end of the prompt."""
+    whole = Engine(model, None).generate(prompts[:6], SamplingParams(max_tokens=20, seed=3))
+    begun = [prompt + output.token_ids[:8] for prompt, output in zip(prompts, whole)]
+    rest = Engine(model, None).generate(begun, SamplingParams(max_tokens=12, seed=3))
+    assert [output.token_ids[8:] for output in whole] == answers(rest)
 
 
 def test_logprobs_are_those_of_the_untempered_model(model, prompts):

