@@ -24,7 +24,6 @@ from benthic.model.cache import bytes_per_token
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 
-
 log = logging.getLogger("benthic")
 
 
@@ -294,8 +293,8 @@ def fitted(config: EngineConfig, model: Transformer) -> EngineConfig:
     longest = -(-config.max_model_len // config.page_size)
     if pages < longest:
         raise DoesNotFit(
-            f"max_model_len={config.max_model_len} needs {longest} cache pages of {config.page_size} tokens, the memory "
-            f"of {device} has room for {pages} -> lower max_model_len, or raise gpu_memory_utilization"
+            f"max_model_len={config.max_model_len} needs {longest} cache pages of {config.page_size} tokens, the "
+            f"memory of {device} has room for {pages} -> lower max_model_len, or raise gpu_memory_utilization"
         )
     size = pages * per_page / 1e9
     log.info("cache: %s tokens in %s pages, %.1f GB", f"{pages * config.page_size:,}", f"{pages:,}", size)

@@ -81,7 +81,7 @@ class Cuda:
         return event
 
     def graph(self, step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """`step` run once to compile what it needs, then captured: (graph, what `step` returned, refilled by replays)."""
+        """`step` run once to compile what it needs, then captured: (graph, what replays refill)."""
         step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -25,7 +25,6 @@ class Result(NamedTuple):
     drafts: list[list[int]]
     tops: list[list[Top]]
 
-
     @classmethod
     def joined(cls, parts: list["Result"]) -> "Result":
         """Of neighbouring rows."""

@@ -38,7 +38,7 @@ class LatentCache:
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int, format: CacheFormat = "auto") -> int:
-    """Cache bytes of one token over all layers, prediction modules included; `itemsize` is that of the compute dtype."""
+    """Cache bytes of one token over all layers and prediction modules; `itemsize` is that of the compute dtype."""
     rope = 0 if config.kv_lora_rank is None else config.qk_rope_head_dim
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     return layers * latent.bytes_per_token(format, config.cache_width - rope, rope, itemsize)

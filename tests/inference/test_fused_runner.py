@@ -1,5 +1,5 @@
-"""The engine on kernels answers as the engine on the plain model: prompts in chunks, cached prefixes, drafts, steps that
-run ahead. Graphs are CUDA's on a GPU; elsewhere a stand-in runs the step again and refills the same tensors."""
+"""The engine on kernels answers as the engine on the plain model: prompts in chunks, cached prefixes, drafts, steps
+that run ahead. Graphs are CUDA's on a GPU; elsewhere a stand-in runs the step again and refills the same tensors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,13 +11,12 @@ from test_fused import V2, V3, build
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
-pytestmark = [] if torch.cuda.is_available() else [pytest.mark.long]  # minutes in the interpreter
-
 from benthic.inference import fused_runner
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
 from benthic.inference.request import Request
 
+pytestmark = [] if torch.cuda.is_available() else [pytest.mark.long]  # minutes in the interpreter
 GREEDY = SamplingParams(max_tokens=9, temperature=0)
 
 

@@ -258,7 +258,7 @@ def test_a_stop_token_cuts_the_second_token_off(foreseeing, prompts):
 
 def test_acceptance_is_counted_for_each_place_of_a_draft():
     stats = Stats()
-    stats.count(Plan(False, [], [3, 3, 2, 1]), [[1, 2, 3], [4, 5], [6], [7]], emitted=7)
+    stats.count(Plan([], [3, 3, 2, 1], [], [], 4), [[1, 2, 3], [4, 5], [6], [7]], [3, 2, 1, 1])
     assert (stats.drafted_at, stats.accepted_at) == ([3, 2], [2, 1])
     assert (stats.drafted, stats.accepted) == (5, 3)
 
