@@ -116,7 +116,8 @@ class FusedRunner:
         """Start a step. `bitmask` of the guided rows as in `sampler.choose`."""
         decode, prompts = plan.seqs[: plan.decode], plan.seqs[plan.decode :]
         guided = sum(seq.params.guided for seq in decode)
-        masks = [None, None] if bitmask is None else [m.to(self.device) for m in (bitmask[:guided], bitmask[guided:])]
+        cut = () if bitmask is None else (bitmask[:guided], bitmask[guided:])
+        masks: list[Tensor | None] = [mask.to(self.device) for mask in cut] or [None, None]
         if not prompts:
             parts = [self._replay(plan, masks[0])]
         else:
