@@ -136,14 +136,14 @@ def _restore(pieces, scales, FORMAT: tl.constexpr, dtype: tl.constexpr):
 def _scores(qs, q_r, tile, k_r, PARTS: tl.constexpr, SWAP: tl.constexpr):
     """q . k, pairs x tokens or swapped: one sum over the rotary and the latent parts, before the softmax."""
     if SWAP:
-        s = tl.dot(k_r, tl.trans(q_r))
+        s = tl.dot(k_r, tl.trans(q_r), input_precision="ieee")
     else:
-        s = tl.dot(q_r, tl.trans(k_r))
+        s = tl.dot(q_r, tl.trans(k_r), input_precision="ieee")
     for i in tl.static_range(PARTS):
         if SWAP:
-            s = tl.dot(tile[i], tl.trans(qs[i]), s)
+            s = tl.dot(tile[i], tl.trans(qs[i]), s, input_precision="ieee")
         else:
-            s = tl.dot(qs[i], tl.trans(tile[i]), s)
+            s = tl.dot(qs[i], tl.trans(tile[i]), s, input_precision="ieee")
     return s
 
 
@@ -153,9 +153,9 @@ def _gathered(accs, shrink, p, tile, PARTS: tl.constexpr, SWAP: tl.constexpr):
     new = ()
     for i in tl.static_range(PARTS):
         if SWAP:
-            new += (tl.dot(tl.trans(tile[i]), p, accs[i] * shrink[None, :]),)
+            new += (tl.dot(tl.trans(tile[i]), p, accs[i] * shrink[None, :], input_precision="ieee"),)
         else:
-            new += (tl.dot(p, tile[i], accs[i] * shrink[:, None]),)
+            new += (tl.dot(p, tile[i], accs[i] * shrink[:, None], input_precision="ieee"),)
     return new
 
 
@@ -247,6 +247,9 @@ def choose_tiles(latents: Latents, rows: int, pairs: int, page_size: int, longes
     blocks = rows * triton.cdiv(pairs, block_m)
     processors = _processors(latents.c_kv.device)
     block_n = min(page_size, 64)  # 72 KiB of bfloat16 per tile: with one in work and one under way, enough in flight
+    if 8 * blocks <= processors and not quantised and not wide:  # a tile per stretch, as many stretches as there can be
+        splits = min(triton.cdiv(processors, blocks), triton.cdiv(longest, block_n))
+        return Tiles(block_m=block_m, block_n=block_n, splits=splits, swap=False, parts=4, num_warps=4, num_stages=2)
     enough = 10 * blocks >= 9 * processors  # a second stretch per row would not pay for its combining
     splits = 1 if enough else min(triton.cdiv(processors, blocks), triton.cdiv(longest, 2 * block_n))
     return Tiles(

@@ -17,7 +17,6 @@ from benthic.inference.engine import Engine
 from benthic.inference.request import Request
 
 pytestmark = [] if torch.cuda.is_available() else [pytest.mark.long]  # minutes in the interpreter
-CLOSE = 1e-2 if torch.cuda.is_available() else 1e-4  # float32 products are tf32 in some kernels on a GPU
 GREEDY = SamplingParams(max_tokens=9, temperature=0)
 
 
@@ -76,7 +75,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 def same(plain: Engine, fused: Engine, asked: list[list[int]], params) -> None:
     for a, b in zip(plain.generate(asked, params), fused.generate(asked, params), strict=True):
         assert a.token_ids == b.token_ids
-        assert a.logprobs == pytest.approx(b.logprobs, abs=CLOSE)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
     assert not fused.busy
     assert len(fused.scheduler.pool.free) == fused.config.num_pages
 
