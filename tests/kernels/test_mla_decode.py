@@ -124,11 +124,12 @@ def test_tiles_are_chosen_from_shapes_and_give_the_same_answer(device) -> None:
     close(mla_decode.mla_decode(**given), mla_decode.mla_decode_ref(**given))
 
 
-def test_many_rows_are_not_split_and_few_are_but_not_into_less_than_two_tiles() -> None:
+def test_many_rows_are_not_split_and_few_are_but_not_into_less_than_a_tile() -> None:
     latents = empty_latents("auto", 64, 64, P, torch.float32, "cpu")
     assert mla_decode.choose_tiles(latents, 256, 16, 64, 4096).splits == 1
     assert mla_decode.choose_tiles(latents, 8, 16, 64, 4096).splits == 17
-    assert mla_decode.choose_tiles(latents, 1, 16, 64, 1024).splits == 8
+    assert mla_decode.choose_tiles(latents, 32, 16, 64, 512).splits == 4  # two tiles each
+    assert mla_decode.choose_tiles(latents, 1, 16, 64, 1024).splits == 16
 
 
 def test_no_row_is_no_launch(device) -> None:
