@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benthic.base.errors import InputError
 from benthic.kernels import latent_store, mla_decode, moe, norm, route
+from benthic.kernels.gemv import linear
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
@@ -126,9 +127,9 @@ class Fused:
         latents = self.cache.layers[layer]
         query = attn.q_a_proj if attn.compressed else attn.q_proj
         width = query.weight.shape[0]
-        q, kv_a = F.linear(x, together(query, attn.kv_a_proj_with_mqa)).tensor_split([width], -1)
+        q, kv_a = linear(x, together(query, attn.kv_a_proj_with_mqa)).tensor_split([width], -1)
         if attn.compressed:
-            q = F.linear(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj.weight)
+            q = linear(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj.weight)
         q = q.unflatten(-1, (attn.heads, -1))  # [N, H, D + P]
         kv_norm = attn.kv_a_layernorm
         q_rope, dense = latent_store.store(
@@ -148,7 +149,7 @@ class Fused:
             torch.bmm(o_latent, w_uv.transpose(1, 2), out=out[:n].transpose(0, 1))  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
             out[n:] = self.prompts(attn, q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:], latents, tokens.prefill)
-        return F.linear(out.flatten(1), attn.o_proj.weight)
+        return linear(out.flatten(1), attn.o_proj.weight)
 
     def prompts(
         self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents, chunks: Prefill
@@ -183,8 +184,8 @@ class Fused:
 
 def dense(network: FFN, x: Tensor) -> Tensor:
     """SwiGLU of x [N, d]."""
-    middle = silu_times_up(F.linear(x, together(network.gate_proj, network.up_proj)))
-    return F.linear(middle, network.down_proj.weight)
+    middle = silu_times_up(linear(x, together(network.gate_proj, network.up_proj)))
+    return linear(middle, network.down_proj.weight)
 
 
 def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:
