@@ -31,8 +31,8 @@ class EngineConfig:
     """Longest prompt and answer together; 0 takes the model's max_position_embeddings."""
     num_speculative_tokens: int = 0
     """Tokens drafted per step by the first multi-token prediction module: 0 or 1."""
-    page_size: int = 16
-    """Tokens per cache page."""
+    page_size: int = 64
+    """Tokens per cache page. The kernels are fastest with 64."""
     enable_prefix_caching: bool = True
     """Keep computed pages for later prompts that begin with the same tokens, until their room is needed."""
     kv_cache_dtype: Literal["auto", "fp8", "int6"] = "auto"

@@ -132,7 +132,7 @@ def test_what_the_model_cannot_do_is_refused():
     with pytest.raises(InputError, match=r"num_speculative_tokens=1 .* 0 to 0"):
         EngineConfig(num_speculative_tokens=1).resolve(100, 0)
     with pytest.raises(InputError, match=r"num_pages=6 .* -> use 7 or more"):
-        EngineConfig(num_pages=6).resolve(100, 1)
+        EngineConfig(num_pages=6, page_size=16).resolve(100, 1)
 
 
 def test_sample_seeds_are_fixed_for_ever():
