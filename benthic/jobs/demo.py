@@ -225,7 +225,7 @@ class Demo:
         return {"questions": questions.asked}
 
     def engine(self, model: Transformer) -> Engine:
-        """An engine for short answers. Weights change under it; it keeps nothing derived from them."""
+        """An engine for short answers. Whoever changes the weights under it calls its `update_weights`."""
         return Engine(model, self.tokenizer(), EngineConfig(max_model_len=self.config.rl.max_length, max_num_seqs=512))
 
     def examine(self, stage: str) -> dict[str, Any]:
