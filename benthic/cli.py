@@ -23,6 +23,7 @@ from tyro.conf import arg
 
 from benthic.base.errors import BenthicError, InputError, Interrupted, did_you_mean
 from benthic.jobs.config import (
+    BenchConfig,
     ChatConfig,
     CompletionConfig,
     ConvertConfig,
@@ -125,6 +126,12 @@ def _serve(config: ServeConfig) -> None:
     serve(config)
 
 
+def _bench(config: BenchConfig) -> None:
+    from benthic.jobs import bench
+
+    bench.run(config)
+
+
 def _inspect(config: InspectConfig) -> None:
     from benthic.jobs import inspect
 
@@ -168,6 +175,7 @@ VERBS = {
     "generate": Verb(summary="Continue prompts and print what the model writes.", config=GenerateConfig, run=_generate),
     "chat": Verb(summary="Talk to a model in the terminal.", config=ChatConfig, run=_chat),
     "serve": Verb(summary="Serve a model over the OpenAI chat API.", config=ServeConfig, run=_serve),
+    "bench": Verb(summary="Measure the engine on this machine.", config=BenchConfig, run=_bench),
     "inspect": Verb(
         summary="What a model is made of: parameters, compute, cache, memory.", config=InspectConfig, run=_inspect
     ),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -35,7 +35,48 @@ class GenerateConfig(AnswerConfig):
     """Options of `benthic generate`."""
 
     prompts: Positional[tuple[str, ...]] = ()
-    """Texts to continue; without any, standard input is one."""
+    """Texts to continue; without any and without --input, standard input is one."""
+    input: Path | None = None
+    """JSON lines, each with `prompt`, `messages` or `prompt_token_ids`; other keys are kept."""
+    output: Path | None = None
+    """Write the answers here instead: each line as it was, with text, token_ids, finish_reason, and the answer's
+    logprob."""
+    json: bool = False
+    """Print such lines."""
+    n: int = 1
+    """Samples of each prompt; each has random numbers of its own."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End an answer before this text; may be given several times."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely, compared with the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Options of `benthic bench`."""
+
+    phase: Positional[Literal["decode", "prefill"]]
+    """decode: answers, token by token; prefill: prompts up to their first token."""
+    model: Positional[str]
+    """A preset (v2-lite, tiny, ...), which gets random weights, or a folder with config.json and safetensors."""
+    batch: tuple[int, ...] = (1, 8)
+    """Requests at once; one row of the table for each number."""
+    input_len: int = 256
+    """Random tokens of each prompt."""
+    output_len: int = 128
+    """decode: tokens of each answer."""
+    num_speculative_tokens: int = 0
+    """decode: tokens that the model's first multi-token prediction module drafts per step, 0 or 1."""
+    kv_cache_dtype: Literal["auto", "fp8", "int6"] = "auto"
+    """How latents are kept: as computed, in 8 bits, or in 6."""
+    device: Device = "auto"
+    """auto: cuda where there is one, else cpu."""
+    dtype: Dtype = "auto"
+    """auto: what the folder's config.json names; for presets bfloat16 on a GPU, else float32."""
+    json: bool = False
+    """Print the table as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

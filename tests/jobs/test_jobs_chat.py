@@ -1,6 +1,5 @@
-"""`benthic chat` and `benthic generate`: the same answers as the engine, as they grow, and a Ctrl-C that only stops."""
+"""`benthic chat`: the same answers as the engine, as they grow, and a Ctrl-C that only stops."""
 
-import io
 import itertools
 import sys
 
@@ -147,24 +146,6 @@ def test_a_choice_that_the_model_has_not_ends_before_the_first_question(model_fo
     assert problem in capsys.readouterr().err
 
 
-def test_generate_prints_each_prompt_with_its_continuation(model_folder, llm, capsys):
-    words = ["generate", str(model_folder), "The sea", "2 and 3", "--max-tokens", "5", "--seed", "4", "--device", "cpu"]
-    assert cli.main(words) == 0
-    params = SamplingParams(max_tokens=5, temperature=0.6, top_p=0.95, seed=4)
-    texts = [llm.generate(prompt, params)[0].text for prompt in ("The sea", "2 and 3")]
-    assert capsys.readouterr().out == f"The sea{texts[0]}\n\n2 and 3{texts[1]}\n"
-
-
-def test_generate_reads_standard_input_without_a_prompt(model_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The sea"))
-    assert cli.main(["generate", str(model_folder), "--max-tokens", "1", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("The sea")
-
-
-def test_an_empty_prompt_and_a_missing_folder_are_usage_errors(model_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert cli.main(["generate", str(model_folder)]) == 2
+def test_a_missing_folder_is_a_usage_error(model_folder, capsys):
     assert cli.main(["chat", str(model_folder / "nowhere")]) == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert "a prompt is empty" in first
-    assert "nowhere does not exist" in second
+    assert "nowhere does not exist" in capsys.readouterr().err
