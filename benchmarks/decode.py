@@ -9,6 +9,7 @@ latents) over the speed of a large copy. vLLM 0.26 on the same chip and shape, p
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from benthic.inference import fused
 from benthic.inference.fused import Decode, Fused, Prefill, Tokens
+from benthic.jobs.bench import random_model
 from benthic.kernels.latent import bytes_per_token
-from benthic.model import hf
 from benthic.model.cache import LatentCache
+from benthic.model.config import ModelConfig
 from benthic.model.transformer import Transformer
 from benthic.recipes.models import MODELS
 
@@ -30,26 +32,10 @@ COPY = 4.28e12  # bytes per second, read plus written
 VLLM = {1: 3.462, 8: 4.027, 32: 4.769, 128: 6.210, 256: 8.899}
 
 
-def random_model(name: str, layers: int, std: float) -> Transformer:
-    """Weights ~ N(0, std^2), norms 1; `layers` > 0 keeps only so many."""
-    import dataclasses
-
+def shape(name: str, layers: int) -> ModelConfig:
+    """A preset without its prediction modules; `layers` > 0 keeps only so many."""
     config = MODELS[name]()
-    if layers:
-        config = dataclasses.replace(config, num_hidden_layers=layers)
-    model = hf.empty(dataclasses.replace(config, num_nextn_predict_layers=0), "cuda", torch.bfloat16).eval()
-    generator = torch.Generator("cuda").manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1)
-            else:
-                for part in parameter if parameter.dim() == 3 else [parameter]:
-                    part.normal_(0, std, generator=generator)
-        for gate in model.gates():
-            if gate.e_score_correction_bias is not None:
-                gate.e_score_correction_bias.zero_()
-    return model
+    return dataclasses.replace(config, num_hidden_layers=layers or config.num_hidden_layers, num_nextn_predict_layers=0)
 
 
 def decode_tokens(model: Transformer, batch: int, context: int) -> Tokens:
@@ -139,7 +125,8 @@ def main() -> None:
     parser.add_argument("--format", default="auto", choices=["auto", "fp8", "int6"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    model, rows = random_model(options.model, options.layers, options.std), []
+    model = random_model(shape(options.model, options.layers), "cuda", torch.bfloat16, options.std)
+    rows = []
     slots = (1 + max(options.batch) * -(-options.context // PAGE)) * PAGE
     slots = max([slots, *(PAGE + 1024 * n for n in options.prompts)])
     cache = LatentCache(model.config, slots, "cuda", torch.bfloat16, options.format)

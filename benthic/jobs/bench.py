@@ -68,7 +68,7 @@ def measured(engine: Engine, batch: int, length: int, new: int) -> dict[str, flo
     """
     if engine.config.enable_prefix_caching:
         raise InputError("a repeated workload would find its prompts cached -> use enable_prefix_caching=False")
-    needed, there = _pages(batch, length, new, engine.config.page_size), engine.config.num_pages
+    needed, there = cache_pages(batch, length, new, engine.config.page_size), engine.config.num_pages
     if needed > there:
         raise DoesNotFit(f"batch={batch} needs {needed} cache pages, there are {there} -> lower batch or lengths")
     _workload(engine, batch, length, new)
@@ -77,7 +77,7 @@ def measured(engine: Engine, batch: int, length: int, new: int) -> dict[str, flo
     return found | {"peak_memory_gb": memory}
 
 
-def _pages(batch: int, length: int, new: int, page_size: int) -> int:
+def cache_pages(batch: int, length: int, new: int, page_size: int) -> int:
     """Cache pages with which all requests run at once: the scheduler lets a prompt in only where one page more is left
     for each of the others."""
     return batch * max(-(-(length + new) // page_size), 1 + -(-length // page_size))
@@ -194,7 +194,7 @@ def _limits(config: BenchConfig, shape: ModelConfig, answer: int) -> EngineConfi
         num_speculative_tokens=config.num_speculative_tokens,
         kv_cache_dtype=config.kv_cache_dtype,
         enable_prefix_caching=False,
-        num_pages=_pages(max(config.batch), config.input_len, answer, EngineConfig.page_size),
+        num_pages=cache_pages(max(config.batch), config.input_len, answer, EngineConfig.page_size),
     )
     modules = shape.num_nextn_predict_layers if shape.mtp_type == "sequential" else 0
     return limits.resolve(shape.max_position_embeddings, modules)

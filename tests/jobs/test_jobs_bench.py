@@ -1,7 +1,11 @@
 """`benthic bench`: what it counts is what the engine did, and it counts only full steps of a warm engine."""
 
+import dataclasses
+import importlib.util
 import itertools
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +16,11 @@ from benthic.inference.config import EngineConfig
 from benthic.inference.engine import Engine
 from benthic.jobs import bench
 from benthic.model.config import ModelConfig
+from benthic.model.hf import load, write_model
 from benthic.model.init import initialise
 from benthic.model.transformer import Transformer
 from benthic.recipes import tiny, v3
+from benthic.tokenizer.tokenizer import Tokenizer
 
 SHAPE = ModelConfig(
     vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
@@ -153,3 +159,71 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_made(words, proble
     monkeypatch.setattr(bench, "_model", lambda *args: pytest.fail("a model was made"))
     assert cli.main(["bench", *words]) == 2
     assert problem in capsys.readouterr().err
+
+
+# ---- benchmarks/cache_loss.py -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache_loss():
+    """The script as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "cache_loss.py"
+    spec = importlib.util.spec_from_file_location("cache_loss", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def wide(model_folder, tmp_path_factory):
+    """A model folder whose latents are 64 wide."""
+    tokenizer = Tokenizer.load(model_folder)
+    shape = dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size, kv_lora_rank=64)
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    write_model(folder, bench.random_model(shape, "cpu", torch.float32, std=0.2), tokenizer)
+    return folder
+
+
+def test_the_loss_through_a_cache_as_computed_is_that_without_one(cache_loss, wide, monkeypatch):
+    monkeypatch.setattr(cache_loss, "QUERIES", 7)
+    model, _ = load(wide)
+    tokens = torch.randint(0, 300, (5, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).double()
+    labels = tokens[:, 1:].unsqueeze(2)
+    expected = -logits.log_softmax(-1).gather(2, labels).squeeze(2).mean(1)
+    torch.testing.assert_close(cache_loss.losses(model, tokens, "auto", rows=2), expected, rtol=1e-5, atol=1e-5)
+    fp8, int6 = ((cache_loss.losses(model, tokens, f, rows=2) - expected).abs().mean() for f in ("fp8", "int6"))
+    assert 1e-5 < fp8 < int6 < 0.5
+
+
+def test_the_windows_cover_the_stream_once_and_thin_out_evenly(cache_loss, wide, tmp_path):
+    (tmp_path / "a.txt").write_text("The sea is deep. " * 40)
+    tokenizer = Tokenizer.load(wide)
+    ids = [tokenizer.bos_id, *tokenizer.encode("The sea is deep. " * 40), tokenizer.eos_id]
+    found = cache_loss.windows(tokenizer, [tmp_path / "a.txt"], 8, 10**6)
+    assert found[:, 1:].flatten().tolist() == ids[1 : 1 + 8 * len(found)]
+    assert len(found) == (len(ids) - 1) // 8
+    three = found[[0, len(found) // 3, len(found) * 2 // 3]]
+    assert torch.equal(cache_loss.windows(tokenizer, [tmp_path / "a.txt"], 8, 3), three)
+
+
+def test_the_script_prints_and_writes_a_row_per_format(cache_loss, wide, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("The sea is deep. " * 40)
+    words = ["--model", wide, "--text", tmp_path / "a.txt", "--length", "16", "--output", tmp_path / "rows.json"]
+    monkeypatch.setattr(sys, "argv", ["cache_loss.py", "--device", "cpu", *map(str, words)])
+    cache_loss.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["cache"] for row in rows] == ["auto", "fp8", "int6"]
+    assert rows[0]["bytes per token"] > rows[1]["bytes per token"] > rows[2]["bytes per token"]
+    assert rows[0]["change"] == rows[0]["interval"] == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("width", [None, 32, 96])
+def test_latents_that_the_formats_do_not_pack_are_refused(cache_loss, width):
+    with pytest.raises(InputError, match=f"kv_lora_rank={width}"):
+        cache_loss.check(dataclasses.replace(tiny.model(), kv_lora_rank=width), 256)
+    cache_loss.check(dataclasses.replace(tiny.model(), kv_lora_rank=128), 256)
