@@ -42,7 +42,7 @@ class EngineConfig:
     backend: Literal["auto", "plain", "fused"] = "auto"
     """fused: kernels and CUDA graphs, for MLA models in 16 bits; plain: the model's own code; auto: fused on a GPU."""
     num_pages: int = 0
-    """Cache pages; 0 takes enough for max_num_seqs requests of max_model_len tokens."""
+    """Cache pages; 0 takes enough for max_num_seqs requests of max_model_len tokens, or what a GPU has room for."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
@@ -57,7 +57,7 @@ class EngineConfig:
         _integer("max_model_len", length, 2, max_position_embeddings)
         _integer("num_speculative_tokens", self.num_speculative_tokens, 0, num_nextn_predict_layers)
         longest = -(-length // self.page_size)
-        pages = self.num_pages or self.max_num_seqs * longest
+        pages = self.num_pages or self.max_num_seqs * (longest + 1)  # one to grow into, without which none is let in
         if pages < longest:
             raise InputError(
                 f"num_pages={pages} holds less than one request of max_model_len={length} -> use {longest} or more"

@@ -122,7 +122,7 @@ def test_engine_config_refuses_by_name_and_value(field, value):
 
 def test_zeros_are_filled_in_from_the_model():
     config = EngineConfig(max_num_seqs=3, page_size=16).resolve(100, 1)
-    assert (config.max_model_len, config.num_pages) == (100, 21)
+    assert (config.max_model_len, config.num_pages) == (100, 24)
     assert config.resolve(100, 1) == config
 
 
