@@ -122,9 +122,10 @@ class Fp8Tiles(ByExpert):
     """Block sizes: pairs, rows of the down matrices (64 or 128). Rows of gate and up and summed columns are 128, a
     block of factors. Two programs per multiprocessor, each with 64 KB of weights on their way, are enough."""
 
-    down_n: int = 128
-    num_warps: int = 4
+    up_warps: int = 4
     up_stages: int = 3
+    down_n: int = 128
+    down_warps: int = 4
     down_stages: int = 4
 
     def outputs(self, x: Tensor, weights: ExpertWeights, topk_ids: Tensor) -> Tensor:
@@ -142,12 +143,12 @@ class Fp8Tiles(ByExpert):
         _up[shared_tiles * wide + (len(tiles) - shared_tiles) * narrow,](
             codes, factors, order, tiles, n_tiles, h, h_factors, *weights.up_arguments(), n,  # pyright: ignore[reportCallIssue]
             D=d, I=i, E=e, K=k, S=s, SLOTS=slots, BLOCK_M=self.block_m,
-            num_warps=self.num_warps, num_stages=self.up_stages,  # pyright: ignore[reportCallIssue]
+            num_warps=self.up_warps, num_stages=self.up_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         _down[triton.cdiv(d, self.down_n), len(tiles)](
             h, h_factors, order, tiles, n_tiles, y, *weights.down_arguments(),  # pyright: ignore[reportCallIssue]
             D=d, I=i, E=e, K=k, S=s, SLOTS=slots, BLOCK_M=self.block_m, BLOCK_N=self.down_n,
-            num_warps=self.num_warps, num_stages=self.down_stages,  # pyright: ignore[reportCallIssue]
+            num_warps=self.down_warps, num_stages=self.down_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return y
 
