@@ -166,8 +166,8 @@ def changes(start: Way) -> Iterator[list[dict[str, int]]]:
         return
     yield [{"block_m": m} for m in (16, 32, 64, 128) if start.block_m // 2 <= m <= start.block_m * 2]
     if isinstance(start, Fp8Tiles):
-        yield [{"up_warps": w, "up_stages": s} for w in (4, 8) for s in (2, 3, 4, 5)]
-        yield [{"down_n": n, "down_warps": w, "down_stages": s} for n in (64, 128) for w in (4, 8) for s in (3, 4, 6)]
+        yield [{"up_warps": w, "up_stages": s} for w in (4, 8) for s in (3, 4, 5, 6)]
+        yield [{"down_n": n, "down_warps": w, "down_stages": s} for n in (64, 128) for w in (4, 8) for s in (2, 3, 4)]
         return
     for part in ("up", "down"):
         columns = (16, 32, 64, 128) if part == "up" else (32, 64, 128, 256)

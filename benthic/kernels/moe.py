@@ -80,11 +80,11 @@ def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
 
 
 def _choose_fp8(pairs: float) -> Fp8Tiles:
-    if pairs <= 12:
+    if pairs <= 8:
         return Fp8Tiles()
     if pairs <= 28:
         return Fp8Tiles(block_m=32)
-    return Fp8Tiles(block_m=64, up_warps=8, down_warps=8)  # taller ones run out of registers
+    return Fp8Tiles(block_m=64, up_warps=8)  # taller ones run out of registers
 
 
 def _experts_and_sum(

@@ -119,20 +119,23 @@ def _down(
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Tiles(ByExpert):
-    """Block sizes: pairs, rows of the down matrices (64 or 128). Rows of gate and up and summed columns are 128, a
-    block of factors. Two programs per multiprocessor, each with 64 KB of weights on their way, are enough."""
+    """Block sizes: pairs, rows of the down matrices (at most a block of factors, 128). Rows of gate and up and summed
+    columns are 128. Up to 32 pairs, stages leave room for two programs per multiprocessor: one's loads run on while
+    the other starts or ends."""
 
     up_warps: int = 4
     up_stages: int = 3
     down_n: int = 128
     down_warps: int = 4
-    down_stages: int = 4
+    down_stages: int = 3
 
     def outputs(self, x: Tensor, weights: ExpertWeights, topk_ids: Tensor) -> Tensor:
         """As `Rows.outputs`."""
         (n, k), (e, d, i), s = topk_ids.shape, weights.down_proj.shape, weights.n_shared
         if not weights.fp8:
             raise ValueError(f"weights are {weights.down_proj.dtype}, not E4M3 -> use Tiles")
+        if 128 % self.down_n:
+            raise ValueError(f"down_n={self.down_n} crosses blocks of 128 rows -> use 64 or 128")
         slots, narrow, wide = k + (s > 0), triton.cdiv(i, 128), triton.cdiv(s * i, 128)
         h = torch.empty(n, (k + s) * i, dtype=torch.float8_e4m3fn, device=x.device)
         h_factors = torch.empty(n, k * narrow + wide, dtype=torch.float32, device=x.device)
@@ -141,7 +144,8 @@ class Fp8Tiles(ByExpert):
         order, tiles, n_tiles = self.align(topk_ids, e, slots - k)
         shared_tiles = triton.cdiv(n, self.block_m) * (slots - k)
         _up[shared_tiles * wide + (len(tiles) - shared_tiles) * narrow,](
-            codes, factors, order, tiles, n_tiles, h, h_factors, *weights.up_arguments(), n,  # pyright: ignore[reportCallIssue]
+            codes, factors, order, tiles, n_tiles, h, h_factors,
+            *weights.up_arguments(), n,  # pyright: ignore[reportCallIssue]
             D=d, I=i, E=e, K=k, S=s, SLOTS=slots, BLOCK_M=self.block_m,
             num_warps=self.up_warps, num_stages=self.up_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
