@@ -1,9 +1,10 @@
 """The mixture of experts for inference: experts, then the weighted sum per token.
 
-The experts' products come in one of three ways, `Rows` for very few tokens, `Tiles` for more, `Sorted` for thousands;
+The experts' products come in one of four ways, `Rows` for very few tokens, `Tiles` for more, `Sorted` for thousands,
+`Fp8Tiles` in place of the last two for FP8 weights;
 what they leave is one output per token and chosen expert, rounded as the model rounds it. One small kernel, a program
 per token, then sums in the order of the slots, rounds where the model does (gate weights, routed sum, plus shared, plus
-residual), and norms the result for the next layer where that is asked for. Bytes: see the three files; the sum moves
+residual), and norms the result for the next layer where that is asked for. Bytes: see the four files; the sum moves
 N (K + 2) d elements. Nothing is added atomically and nothing is synchronised with the host: results repeat bit for bit,
 and the calls may stand in a CUDA graph.
 
@@ -15,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels.moe_fp8 import Fp8Tiles
 from benthic.kernels.moe_rows import Rows
 from benthic.kernels.moe_sorted import Sorted
 from benthic.kernels.moe_tiles import Tiles
 from benthic.kernels.moe_weights import ExpertWeights, moe_ref
 
-__all__ = ["ExpertWeights", "Rows", "Sorted", "Tiles", "choose_tiles", "moe", "moe_norm", "moe_ref"]
+__all__ = ["ExpertWeights", "Fp8Tiles", "Rows", "Sorted", "Tiles", "Way", "choose_tiles", "moe", "moe_norm", "moe_ref"]
+
+Way = Rows | Tiles | Fp8Tiles | Sorted
 
 
 @triton.jit
@@ -53,7 +57,7 @@ def _combine(
         tl.store(normed + token * D + d, (value * scale * weight).to(dtype), mask=inside)
 
 
-def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Rows | Tiles | Sorted:
+def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
     """The way and its block sizes for N tokens, by the pairs that an expert gets on average: tiles are no taller than
     will be filled, because empty rows cost operations, and no flatter, because each tile reads its expert's weights
     again. Measured on an H200 with V2-Lite's shape."""
@@ -62,22 +66,30 @@ def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Rows | Tiles | S
         return Rows(up_chunk=512, down_chunk=512) if n <= 4 else Tiles(up_k=64, down_k=64, num_stages=3)
     if n <= 4:
         return Rows(up_block=8, up_chunk=2048, down_block=8) if fp8 else Rows()
+    if fp8:
+        return _choose_fp8(pairs)
     if pairs <= 16:
         return Tiles()
     if pairs <= 32:
-        return Tiles(block_m=32) if fp8 else Tiles(block_m=32, up_n=128, down_n=128, down_k=64, num_stages=3)
+        return Tiles(block_m=32, up_n=128, down_n=128, down_k=64, num_stages=3)
     if pairs <= 64:
         return Tiles(block_m=64, up_n=64, up_k=64, down_n=128, down_k=64)
-    if fp8:  # a partial sum per block of factors beside the whole one: half the columns, or registers run out
-        return Tiles(block_m=128, up_n=64, up_k=64, down_n=128, down_k=64, num_warps=8)
     if pairs <= 96:
         return Tiles(block_m=128, up_n=128, up_k=64, down_n=256, down_k=64, num_warps=8, num_stages=3)
     return Sorted()
 
 
+def _choose_fp8(pairs: float) -> Fp8Tiles:
+    if pairs <= 8:
+        return Fp8Tiles()
+    if pairs <= 28:
+        return Fp8Tiles(block_m=32)
+    return Fp8Tiles(block_m=64, up_warps=8)  # taller ones run out of registers
+
+
 def _experts_and_sum(
     x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
-    norm_weight: Tensor | None, eps: float, tiles: Rows | Tiles | Sorted | None,
+    norm_weight: Tensor | None, eps: float, tiles: Way | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (n, d), (_, k) = x.shape, topk_ids.shape
     _check(x, weights, topk_ids, topk_weights, residual, norm_weight)
@@ -104,7 +116,7 @@ def _experts_and_sum(
 
 def moe(
     x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None,
-    *, tiles: Rows | Tiles | Sorted | None = None,
+    *, tiles: Way | None = None,
 ) -> Tensor:  # fmt: skip
     """x [N, d], topk_ids [N, K] int32, topk_weights [N, K] float32 -> shared + routed experts (+ residual [N, d])."""
     return _experts_and_sum(x, weights, topk_ids, topk_weights, residual, None, 0.0, tiles)[1]
@@ -112,7 +124,7 @@ def moe(
 
 def moe_norm(
     x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor, norm_weight: Tensor,
-    eps: float, *, tiles: Rows | Tiles | Sorted | None = None,
+    eps: float, *, tiles: Way | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(RMSNorm of what `moe` returns, what `moe` returns), as `add_rms_norm` would return them."""
     return _experts_and_sum(x, weights, topk_ids, topk_weights, residual, norm_weight, eps, tiles)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benthic.kernels.quant import BLOCK
+from benthic.kernels.quant import BLOCK, dequantise_rows, quantise_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,16 @@ def swiglu(gate, up, dtype: tl.constexpr):
     return (silu * up.to(dtype).to(tl.float32)).to(dtype)
 
 
-def moe_ref(x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Routed and shared experts in float32, expert by expert: x [N, d] -> [N, d] float32."""
-    w, wide = weights, x.float()
+def moe_ref(
+    x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, *, quantised: bool = False
+) -> Tensor:
+    """Routed and shared experts in float32, expert by expert: x [N, d] -> [N, d] float32. `quantised`: what enters a
+    product is rounded to E4M3 first, as Fp8Tiles does."""
+
+    def entering(activations: Tensor) -> Tensor:
+        return dequantise_rows(*quantise_rows(activations)) if quantised else activations
+
+    w, wide = weights, entering(x.float())
     e, i = len(w.down_proj), w.down_proj.shape[2]
     share = torch.zeros(len(x), e, device=x.device).scatter_add_(1, topk_ids.long(), topk_weights.float())  # [N, E]
     out = torch.zeros_like(wide)
@@ -135,11 +142,12 @@ def moe_ref(x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: T
         pairs = w.gate_up_proj[expert].unflatten(0, (2, i))
         gate, up = (_wide(pairs[j], None if scale is None else scale[j]) for j in range(2))
         down = _wide(w.down_proj[expert], None if w.down_scale is None else w.down_scale[expert])
-        out += share[:, expert, None] * ((F.silu(wide @ gate.T) * (wide @ up.T)) @ down.T)
+        out += share[:, expert, None] * (entering(F.silu(wide @ gate.T) * (wide @ up.T)) @ down.T)
     if w.shared_gate_proj is None or w.shared_up_proj is None or w.shared_down_proj is None:
         return out
     gate, up = _wide(w.shared_gate_proj, w.shared_gate_scale), _wide(w.shared_up_proj, w.shared_up_scale)
-    return out + (F.silu(wide @ gate.T) * (wide @ up.T)) @ _wide(w.shared_down_proj, w.shared_down_scale).T
+    h = entering(F.silu(wide @ gate.T) * (wide @ up.T))
+    return out + h @ _wide(w.shared_down_proj, w.shared_down_scale).T
 
 
 def _wide(matrix: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,4 +1,5 @@
-"""Block-scaled FP8 weights: 128 x 128 blocks of E4M3 with one float32 factor each (V3 Sec 3.3.2).
+"""Block-scaled FP8: weights in 128 x 128 blocks of E4M3 with one float32 factor each, activations in blocks of 128
+of a row (V3 Sec 3.3.2).
 
 The released name of the factor, `weight_scale_inv`, misleads: it is what the block is multiplied by.
 Letters: N rows, K columns, b block size.
@@ -30,6 +31,20 @@ def dequantise_blocks(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = to
         raise ValueError(f"factors have shape {tuple(scale_inv.shape)}, a weight of {n} x {k} needs {expected}")
     blocks = _blocks(weight.float()) * scale_inv.float()[:, None, :, None]
     return _whole(blocks)[:n, :k].to(dtype)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, K] -> (E4M3 [N, K], factors [N, ceil(K/b)] float32)."""
+    k = x.shape[1]
+    blocks = F.pad(x.float(), (0, -k % BLOCK)).unflatten(1, (-1, BLOCK))  # [N, k, b]
+    scale = blocks.abs().amax(2).clamp(min=SMALLEST) / E4M3_MAX
+    quantised = (blocks / scale[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    return quantised.flatten(1)[:, :k].to(torch.float8_e4m3fn), scale
+
+
+def dequantise_rows(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 activations [N, K] that E4M3 blocks and their factors stand for."""
+    return codes.float() * scale.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
 
 
 def _blocks(matrix: Tensor) -> Tensor:

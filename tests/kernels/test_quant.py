@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benthic.kernels.quant import BLOCK, E4M3_MAX, dequantise_blocks, quantise_blocks
+from benthic.kernels.quant import BLOCK, E4M3_MAX, dequantise_blocks, dequantise_rows, quantise_blocks, quantise_rows
 
 SHAPES = [(128, 128), (256, 384), (576, 200), (1, 1), (130, 64), (10944 // 16, 129)]
 
@@ -58,3 +58,18 @@ def test_a_block_of_zeros_has_a_finite_factor_and_stays_zero() -> None:
 def test_a_grid_of_factors_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"factors have shape \(1, 1\), a weight of 129 x 128 needs \(2, 1\)"):
         dequantise_blocks(torch.zeros(129, 128).to(torch.float8_e4m3fn), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(("n", "k"), [(3, 128), (2, 200), (1, 1), (2, 64), (3, 384)])
+def test_each_row_has_a_factor_per_block_of_128_columns(n: int, k: int) -> None:
+    x = random(n, k) * torch.logspace(-8, 4, n)[:, None]
+    x[0] = 0.0
+    codes, scale = quantise_rows(x)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert scale.shape == (n, -(-k // BLOCK))
+    for i in range(n):
+        for j in range(scale.shape[1]):
+            block, columns = x[i, j * BLOCK : (j + 1) * BLOCK], slice(j * BLOCK, (j + 1) * BLOCK)
+            assert scale[i, j] == block.abs().max().clamp(min=1e-4) / E4M3_MAX
+            assert torch.equal(codes[i, columns].float(), (block / scale[i, j]).to(torch.float8_e4m3fn).float())
+            assert torch.equal(dequantise_rows(codes, scale)[i, columns], codes[i, columns].float() * scale[i, j])
