@@ -16,7 +16,7 @@ from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
 from benthic.inference.request import Request
 
-pytestmark = [] if torch.cuda.is_available() else [pytest.mark.long]  # minutes in the interpreter
+LONG = pytest.mark.skipif(False, reason="") if torch.cuda.is_available() else pytest.mark.long  # in the interpreter
 GREEDY = SamplingParams(max_tokens=9, temperature=0)
 
 
@@ -80,6 +80,12 @@ def same(plain: Engine, fused: Engine, asked: list[list[int]], params) -> None:
     assert len(fused.scheduler.pool.free) == fused.config.num_pages
 
 
+def test_short_answers_with_drafts_are_those_of_the_plain_engine(device) -> None:
+    plain, fused = engines(V3, device, num_speculative_tokens=1)
+    same(plain, fused, prompts(4, 2), dataclasses.replace(GREEDY, max_tokens=2))
+
+
+@LONG
 @pytest.mark.parametrize("config", [V3, V2], ids=["V3", "V2"])
 @pytest.mark.parametrize("budget", [8192, 16], ids=["whole prompts", "chunks"])
 def test_greedy_answers_are_those_of_the_plain_engine(config, budget, device) -> None:
@@ -87,6 +93,7 @@ def test_greedy_answers_are_those_of_the_plain_engine(config, budget, device) ->
     same(plain, fused, prompts(5, 21, 1, 33, 16), GREEDY)
 
 
+@LONG
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) -> None:
     plain, fused = engines(V3, device, num_speculative_tokens=drafts)
@@ -99,6 +106,7 @@ def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) ->
     same(plain, fused, prompts(9, 18, 4, 12), params)
 
 
+@LONG
 def test_drafts_change_no_answer_and_are_verified(device) -> None:
     plain, fused = engines(V3, device, num_speculative_tokens=1)
     same(plain, fused, prompts(5, 21, 33), GREEDY)
@@ -106,6 +114,7 @@ def test_drafts_change_no_answer_and_are_verified(device) -> None:
     assert fused.stats.accepted == plain.stats.accepted
 
 
+@LONG
 def test_a_cached_prefix_changes_no_answer(device) -> None:
     plain, fused = engines(V3, device)
     (start,) = prompts(40)
@@ -114,12 +123,14 @@ def test_a_cached_prefix_changes_no_answer(device) -> None:
     same(plain, fused, asked, GREEDY)
 
 
+@LONG
 def test_preempted_requests_answer_as_undisturbed_ones(device) -> None:
     plain, fused = engines(V2, device, num_pages=8)
     same(plain, fused, prompts(15, 14, 15, 13), dataclasses.replace(GREEDY, max_tokens=40))
     assert fused.stats.preemptions > 0
 
 
+@LONG
 def test_requests_that_come_and_go_between_steps_answer_as_alone(device) -> None:
     plain, fused = engines(V3, device, num_speculative_tokens=1)
     asked = prompts(12, 25, 7, 19)
