@@ -264,6 +264,8 @@ class Engine:
         finally:
             for request_id in list(self._seqs):
                 self.abort(request_id)
+            while self._flying:
+                self.step()
             self._aborted.clear()
         return [outputs[ids[place]] for place in range(len(requests))]
 

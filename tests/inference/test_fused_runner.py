@@ -148,3 +148,17 @@ def test_requests_that_come_and_go_between_steps_answer_as_alone(device) -> None
     for i in (0, 2, 3):
         assert found[ids[i]] == alone[i]
     assert found[ids[1]] == alone[1][: len(found[ids[1]])]
+
+
+@LONG
+def test_a_call_that_was_interrupted_leaves_no_step_in_flight(device) -> None:
+    plain, fused = engines(V3, device)
+
+    def interrupt(finished: int, asked: int) -> None:
+        if fused.stats.steps == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fused.generate(prompts(5, 9), GREEDY, interrupt)
+    assert not fused.busy
+    same(plain, fused, prompts(7, 4), GREEDY)
