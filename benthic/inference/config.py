@@ -50,6 +50,12 @@ class EngineConfig:
         for name in ("max_model_len", "num_pages"):
             _integer(name, getattr(self, name), 0, MAX_INTEGER)
         _integer("num_speculative_tokens", self.num_speculative_tokens, 0, 1)
+        for name, values in (("kv_cache_dtype", ("auto", "fp8", "int6")), ("backend", ("auto", "plain", "fused"))):
+            if getattr(self, name) not in values:
+                raise InputError(f"{name}={getattr(self, name)!r} -> use one of {', '.join(values)}")
+        _number("gpu_memory_utilization", self.gpu_memory_utilization)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InputError(f"gpu_memory_utilization={self.gpu_memory_utilization} -> use a share above 0, up to 1")
 
     def resolve(self, max_position_embeddings: int, num_nextn_predict_layers: int) -> Self:
         """Fill in the zeros for a model and refuse what it cannot do."""

@@ -52,7 +52,8 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
         c = model.config
         modules = c.num_nextn_predict_layers if c.mtp_type == "sequential" else 0  # others cannot draft one by one
-        self.config = fitted((config or EngineConfig()).resolve(c.max_position_embeddings, modules), model)
+        asked = config or EngineConfig()
+        self.config = fitted(asked.resolve(c.max_position_embeddings, modules), model, asked.num_pages)
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
         self.runner: Runner = make_runner(model, self.config, self.vocab_size)
@@ -282,8 +283,8 @@ def make_runner(model: Transformer, config: EngineConfig, vocab_size: int) -> Ru
     return fused_runner.FusedRunner(model, config, vocab_size)
 
 
-def fitted(config: EngineConfig, model: Transformer) -> EngineConfig:
-    """On a GPU, no more cache pages than its memory holds beside the weights."""
+def fitted(config: EngineConfig, model: Transformer, asked: int) -> EngineConfig:
+    """On a GPU, no more cache pages than its memory holds beside the weights; fewer than `asked` for is an error."""
     device = model.embed_tokens.weight.device
     if device.type != "cuda":
         return config
@@ -298,6 +299,8 @@ def fitted(config: EngineConfig, model: Transformer) -> EngineConfig:
             f"max_model_len={config.max_model_len} needs {longest} cache pages of {config.page_size} tokens, the "
             f"memory of {device} has room for {pages} -> lower max_model_len, or raise gpu_memory_utilization"
         )
+    if pages < asked:
+        raise DoesNotFit(f"num_pages={asked} on {device}, which has room for {pages} -> use {pages} or fewer, or 0")
     size = pages * per_page / 1e9
     log.info("cache: %s tokens in %s pages, %.1f GB", f"{pages * config.page_size:,}", f"{pages:,}", size)
     return replace(config, num_pages=pages)

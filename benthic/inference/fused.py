@@ -8,6 +8,7 @@ Letters: N tokens (decode rows first), B decode rows of Q queries, H heads, D, P
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +219,13 @@ def unfit(model: Transformer) -> str:
 
 
 def lay_together(*layers: Linear) -> None:
-    """Put the weights of layers that read the same input into one storage, of which they become views."""
+    """Put the weights of layers that read the same input into one storage, of which they become views.
+
+    Weights that are neighbours stay where they are: graphs that another engine has captured go on reading them.
+    """
+    weights = [layer.weight for layer in layers]
+    if all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(weights)):
+        return
     whole = torch.cat([layer.weight for layer in layers])
     for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
         layer.weight.data = part

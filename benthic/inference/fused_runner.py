@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from benthic.base.errors import InputError
 from benthic.inference import controls as controls_of
 from benthic.inference import sampler
 from benthic.inference.config import EngineConfig
@@ -26,6 +27,7 @@ from benthic.inference.request import Seq
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
+from benthic.inference.speculative import accept
 from benthic.model.transformer import Transformer
 
 T = TypeVar("T")
@@ -68,6 +70,8 @@ class Cuda:
     """What a runner asks of the GPU beside computing."""
 
     def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise InputError("backend='fused' needs a CUDA GPU, there is none -> use plain or auto")
         self.pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -202,7 +206,7 @@ class FusedRunner:
             logits = self.model.logits(hidden[:n]).view(d, self.queries, -1)
             controls = self._controls(plan.seqs[:d])
             choice = self._choose(logits, controls, found.first + 1, partial(self._paged, found), masks[0])
-            parts.append((choice, _accepted(choice, found), controls))
+            parts.append((choice, accept(found, choice.tokens), controls))
             next_ids = torch.cat((choice.tokens.flatten(), next_ids))
         seqs = plan.seqs[d:]
         controls = controls_of.build(seqs, self.device)
@@ -277,7 +281,7 @@ class FusedRunner:
         controls, which know only the real ones."""
         b = len(logits) if controls is None else len(self.known[0])
         choice = self._choose(logits[:b], controls, found.first[:b] + 1, partial(self._paged, found), mask)
-        accepted = _accepted(choice, found)
+        accepted = accept(found, choice.tokens)
         drafts = choice.tokens[:, :0]
         if self.queries > 1:
             next_ids = torch.zeros_like(tokens.ids)
@@ -302,14 +306,6 @@ class FusedRunner:
         last = choice.tokens.gather(1, accepted.unsqueeze(1))  # [rows, 1]
         self.feed.ids[rows] = torch.cat((last, drafts), 1)
         self.feed.gain[rows] = accepted
-
-
-def _accepted(choice: Choice, found: DecodeRows) -> Tensor:
-    """How many drafts each row accepts [B]: those before the first that was not chosen."""
-    b, k = choice.tokens.shape
-    right = choice.tokens[:, : k - 1] == found.ids[:b, 1:]
-    there = torch.arange(1, k, device=right.device) < found.counts[:b].unsqueeze(1)
-    return (right & there).long().cumprod(1).sum(1)
 
 
 def _bucket(rows: int) -> int:

@@ -1,4 +1,4 @@
-"""A plan as packed tokens, with the one host-to-device copy of a step: what `fused.Fused` computes.
+"""A plan as packed tokens: what `fused.Fused` computes. Decode rows travel in one copy, chunks of prompts in another.
 
 Decode rows come first, each with 1 + drafts queries; rows of padding behind them make their number one that a CUDA
 graph exists for. A row may continue one of the step before, whose choice only the device knows (`Plan.sources`): then
@@ -76,7 +76,7 @@ def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> Decod
 @dataclass(frozen=True)
 class Chunks:
     """The prefill rows of a step: tokens [3, n] as above, next_ids [n], last [C] the place of each chunk's last token
-    among them, whole [C] whether it ends its prompt, and how they attend."""
+    among them, and how they attend."""
 
     tokens: Tensor
     next_ids: Tensor

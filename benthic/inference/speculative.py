@@ -16,6 +16,8 @@ undo: its position is computed again before anything reads it.
 Letters: B rows, Q new tokens, K = 1 + drafts chosen tokens, d hidden.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,20 @@ from benthic.model.cache import CacheView
 from benthic.model.transformer import Transformer
 
 
-def accept(rows: Rows, tokens: Tensor) -> Tensor:
-    """tokens [B, K] chosen -> how many drafts each row accepts [B], 0 to K - 1."""
-    drafts = tokens.shape[1] - 1
-    right = tokens[:, :drafts] == rows.ids[:, 1 : 1 + drafts]
-    there = torch.arange(drafts, device=tokens.device) < rows.counts.unsqueeze(1) - 1
+class Queries(Protocol):
+    """Rows that verify drafts: ids [B, Q] and how many of them are real [B]."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def counts(self) -> Tensor: ...
+
+
+def accept(rows: Queries, tokens: Tensor) -> Tensor:
+    """tokens [B, K] chosen in the first B rows -> how many drafts each accepts [B], 0 to K - 1."""
+    b, drafts = len(tokens), tokens.shape[1] - 1
+    right = tokens[:, :drafts] == rows.ids[:b, 1 : 1 + drafts]
+    there = torch.arange(drafts, device=tokens.device) < rows.counts[:b].unsqueeze(1) - 1
     return (right & there).long().cumprod(1).sum(1)
 
 

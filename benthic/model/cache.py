@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from benthic.base.errors import InputError
 from benthic.kernels import latent
 from benthic.kernels.latent import Latents, empty_latents
 from benthic.model.config import ModelConfig
@@ -34,6 +35,11 @@ class LatentCache:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         rope = 0 if config.kv_lora_rank is None else config.qk_rope_head_dim
         width = config.cache_width - rope
+        if format != "auto" and (not rope or width < 64 or width & (width - 1)):
+            raise InputError(
+                f"kv_cache_dtype={format!r} with kv_lora_rank={config.kv_lora_rank} -> use auto, or an MLA "
+                "model whose kv_lora_rank is a power of two from 64"
+            )
         self.layers = [empty_latents(format, num_slots, width, rope, dtype, device) for _ in range(layers)]
 
 

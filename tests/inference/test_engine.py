@@ -333,3 +333,8 @@ def test_generate_does_not_mix_with_unfinished_requests(model, prompts):
 def test_a_cache_that_cannot_be_had_names_what_to_lower(model):
     with pytest.raises(DoesNotFit, match=r"num_pages=2000000000 .* -> lower max_num_seqs"):
         Engine(model, None, EngineConfig(num_pages=2_000_000_000, page_size=1024))
+
+
+def test_a_quantised_cache_is_refused_where_the_latent_cannot_be_cut(model):
+    with pytest.raises(InputError, match="kv_cache_dtype='int6' with kv_lora_rank=16"):
+        Engine(model, None, EngineConfig(kv_cache_dtype="int6"))

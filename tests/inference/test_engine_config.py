@@ -149,3 +149,11 @@ def test_samples_keep_everything_but_seed_and_n():
     assert params.stop_token_ids == (1, 2)
     assert [p.seed for p in params.samples()] == [4, sample_seed(4, 1), sample_seed(4, 2)]
     assert {(p.n, p.top_k) for p in params.samples()} == {(1, 5)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("kv_cache_dtype", "int8"), ("backend", "cuda"), ("gpu_memory_utilization", 1.5)]
+)
+def test_cache_backend_and_memory_refuse_by_name_and_value(field, value):
+    with pytest.raises(InputError, match=f"{field}={value!r}" if isinstance(value, str) else f"{field}={value} "):
+        EngineConfig(**{field: value})

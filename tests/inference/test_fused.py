@@ -159,3 +159,12 @@ def test_models_that_the_kernels_cannot_compute_are_refused(change, message) -> 
     cache = LatentCache(model.config, 16, "cpu", torch.float32)
     with pytest.raises(InputError, match=message):
         fused.Fused(model, cache, PAGE)
+
+
+def test_a_second_engine_on_the_same_model_leaves_the_weights_where_they_are(device) -> None:
+    """Graphs that the first has captured read them there."""
+    model = build(V3, device)
+    Rows(model, [3], device)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    Rows(model, [3], device)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
