@@ -98,6 +98,10 @@ class Fused:
             normed, x = self.block(layer, block, normed, x, after, tokens, angles)
         return normed
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., d] -> logits [..., V] in the compute dtype; the sampler widens what it reads."""
+        return F.linear(hidden, self.model.head)
+
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]

@@ -17,6 +17,7 @@ Letters: B rows of the step, P shaped rows, M rows of one kind among them, K pos
 are verified), V vocabulary, S longest context.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,17 @@ class Choice(NamedTuple):
     top_logprobs: Tensor | None = None
 
 
+Read = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def read(logits: Tensor, allowed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [..., V] -> the likeliest id below `allowed`, its log softmax(logits), and the two numbers that make any
+    logit one, logit - peak - log_sum: all [...]. `kernels.likeliest` reads the logits once for the same."""
+    every, tokens = logits.float().log_softmax(-1), logits[..., :allowed].argmax(-1)
+    peak, at = logits.float().max(-1)
+    return tokens, _at(every, tokens), peak, -_at(every, at)
+
+
 def choose(
     logits: Tensor,
     controls: Controls | None,
@@ -46,55 +58,61 @@ def choose(
     vocab_size: int,
     history: Tensor | None = None,
     bitmask: Tensor | None = None,
+    read: Read = read,
 ) -> Choice:
-    """float32 logits [B, K, V] -> tokens below `vocab_size`.
+    """logits [B, K, V], float32 or as the output head leaves them -> tokens below `vocab_size`.
 
     places [B]: where in the sequence the token chosen at the first of the K positions will stand.
     history [B, S]: ids of the sequence, drafts at their places included; only read where a row has penalties.
     bitmask [M, ceil(V / 32)] int32: a row per guided row; bit i of word w allows token 32 w + i at the first position.
     """
-    allowed = logits[..., :vocab_size]
-    every = logits.log_softmax(-1)
+    tokens, logprobs, peak, log_sum = read(logits, vocab_size)
     if controls is None:
-        return _choice(every, allowed.argmax(-1))
-    shaped = len(controls.seed)
-    tokens = allowed.argmax(-1) if controls.rows is not None else places.new_zeros(logits.shape[:2])
-    if shaped:
-        own = allowed if controls.rows is None else allowed[controls.rows]  # [P, K, V]
+        return Choice(tokens, logprobs)
+    if len(controls.seed):
+        own = _of_shaped(logits[..., :vocab_size], controls).float()  # [P, K, V]
         where = _ahead(places, controls, logits.shape[1])  # [P, K]
-        own = _change(own, controls, where, history, bitmask)
-        picked = _pick(own, controls, where, cut=True)
-        tokens = picked if controls.rows is None else tokens.index_copy(0, controls.rows, picked)
-    if controls.reported is None:
-        return _choice(every, tokens)
-    top = every[controls.reported, :, :vocab_size].topk(min(controls.reports, vocab_size), dim=-1)
-    return _choice(every, tokens)._replace(top_ids=top.indices, top_logprobs=top.values)
+        tokens = _among(tokens, controls, _pick(_change(own, controls, where, history, bitmask), controls, where, True))
+        logprobs = (_at(logits, tokens).float() - peak) - log_sum
+    if (rows := controls.reported) is None:
+        return Choice(tokens, logprobs)
+    top = logits[rows, :, :vocab_size].float().topk(min(controls.reports, vocab_size), dim=-1)
+    scores = (top.values - peak[rows].unsqueeze(2)) - log_sum[rows].unsqueeze(2)
+    return Choice(tokens, logprobs, top.indices, scores)
 
 
-def propose(logits: Tensor, controls: Controls | None, places: Tensor, vocab_size: int) -> Tensor:
+def propose(
+    logits: Tensor, controls: Controls | None, places: Tensor, vocab_size: int, read: Read = read
+) -> Tensor:  # fmt: skip
     """A draft per row: logits [B, V] of a guessing module -> tokens [B] for the places [B].
 
     Drawn with the numbers that the place's token will be drawn with: distributions alike choose alike. Cutting the
     guess with top_k, top_p and min_p would cost more time than it wins.
     """
-    allowed = logits[..., :vocab_size].unsqueeze(1)  # [B, 1, V]
     if controls is None or not controls.draws:
-        return allowed.argmax(-1).squeeze(1)
-    own = allowed if controls.rows is None else allowed[controls.rows]
-    picked = _pick(own, controls, _ahead(places, controls, 1), cut=False)
-    if controls.rows is None:
-        return picked.squeeze(1)
-    return allowed.argmax(-1).index_copy(0, controls.rows, picked).squeeze(1)
+        return read(logits, vocab_size)[0]
+    own = _of_shaped(logits[..., :vocab_size], controls).float().unsqueeze(1)  # [P, 1, V]
+    picked = _pick(own, controls, _ahead(places, controls, 1), cut=False).squeeze(1)
+    return picked if controls.rows is None else _among(read(logits, vocab_size)[0], controls, picked)
 
 
-def _choice(every: Tensor, tokens: Tensor) -> Choice:
-    return Choice(tokens, every.gather(2, tokens.unsqueeze(2)).squeeze(2))
+def _at(values: Tensor, ids: Tensor) -> Tensor:
+    """values [..., V] at ids [...]."""
+    return values.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _of_shaped(x: Tensor, controls: Controls) -> Tensor:
+    return x if controls.rows is None else x[controls.rows]
+
+
+def _among(tokens: Tensor, controls: Controls, picked: Tensor) -> Tensor:
+    """tokens of all rows with those of the shaped rows in place."""
+    return picked if controls.rows is None else tokens.index_copy(0, controls.rows, picked)
 
 
 def _ahead(places: Tensor, controls: Controls, count: int) -> Tensor:
     """[P, K] places of the tokens chosen at the K positions of the shaped rows."""
-    own = places if controls.rows is None else places[controls.rows]
-    return own.unsqueeze(1) + torch.arange(count, device=places.device)
+    return _of_shaped(places, controls).unsqueeze(1) + torch.arange(count, device=places.device)
 
 
 def _change(
