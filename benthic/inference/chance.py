@@ -4,6 +4,8 @@ A number is a function of a request's seed, of a place in its sequence and of a 
 2014), seeded twice over. Nothing is kept, so neither company nor preemption nor a wrong draft shifts anything.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,24 +22,36 @@ def uniform(seed: Tensor, place: Tensor, lane: Tensor) -> Tensor:
 
 def draw(amounts: Tensor, seed: Tensor, place: Tensor) -> Tensor:
     """int64 amounts [..., V'], seed and place [...] -> ids [...], each with its share of the whole, those of amount 0
-    never.
+    never."""
+    blocks = in_blocks(amounts)  # [..., blocks, size]
+    size = blocks.shape[-1]
+
+    def of_block(block: Tensor) -> Tensor:
+        at = block[..., None, None]
+        return blocks.gather(-2, at.expand(*at.shape[:-1], size)).squeeze(-2)
+
+    return race(blocks.sum(-1), of_block, size, seed, place)
+
+
+def race(
+    sums: Tensor, of_block: Callable[[Tensor], Tensor], size: int, seed: Tensor, place: Tensor
+) -> Tensor:  # fmt: skip
+    """sums [..., M] of blocks of `size` tokens, of_block: [...] block numbers -> amounts [..., size] -> ids [...].
 
     A race between blocks of tokens, then between the tokens of the block that won. Each runs for an exponentially
     distributed time divided by its amount. So a change of some amounts changes the winner no more often than it must,
     up to a factor of 2 (the coupling of Gumbel maxima): like distributions draw alike with the same seed and place.
     """
-    blocks = in_blocks(amounts)  # [..., blocks, size]
-    count, size = blocks.shape[-2:]
+    count = sums.shape[-1]
     seed, place = seed.unsqueeze(-1), place.unsqueeze(-1)
-    lanes = torch.arange(count + size, device=amounts.device)
-    block = _race(blocks.sum(-1), uniform(seed, place, lanes[:count]))  # [..., 1]
-    tokens = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, size)).squeeze(-2)  # [..., size]
-    return (block * size + _race(tokens, uniform(seed, place, lanes[count:]))).squeeze(-1)
+    lanes = torch.arange(count + size, device=sums.device)
+    block = _first(sums, uniform(seed, place, lanes[:count]))
+    return block * size + _first(of_block(block), uniform(seed, place, lanes[count:]))
 
 
-def _race(amounts: Tensor, u: Tensor) -> Tensor:
-    """The first to arrive [..., 1]. A runner of amount 0 needs infinitely long."""
-    return (-u.log() / amounts).argmin(-1, keepdim=True)
+def _first(amounts: Tensor, u: Tensor) -> Tensor:
+    """The first to arrive [...]. A runner of amount 0 needs infinitely long."""
+    return (-u.log() / amounts).argmin(-1)
 
 
 def _mix(x: Tensor) -> Tensor:

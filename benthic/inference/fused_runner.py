@@ -23,12 +23,12 @@ from benthic.inference.config import EngineConfig
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
 from benthic.inference.packed import Chunks, DecodeRows, Feed, chunk_rows, decode_array, decode_rows, joined
+from benthic.inference.quick import QUICK
 from benthic.inference.request import Seq
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
 from benthic.inference.speculative import accept
-from benthic.kernels.likeliest import likeliest
 from benthic.model.transformer import Transformer
 
 T = TypeVar("T")
@@ -237,7 +237,7 @@ class FusedRunner:
             drafts = choice.tokens[:, :0]
             if ahead is not None:
                 guess = self.forward.logits(ahead[at])
-                drafts = sampler.propose(guess, controls, places + 1, self.vocab_size, likeliest).unsqueeze(1)
+                drafts = sampler.propose(guess, controls, places + 1, self.vocab_size, QUICK).unsqueeze(1)
             begin = len(parts[0][1]) if chosen else 0
             self._keep(begin, choice, accepted, drafts)
             chosen.append(Chosen(choice, accepted, drafts))
@@ -261,7 +261,7 @@ class FusedRunner:
     ) -> Choice:  # fmt: skip
         """`history` gives the ids of each row [B, S], asked for only where a row has penalties."""
         ids = history() if controls is not None and controls.penalties is not None else None
-        return sampler.choose(logits, controls, places, self.vocab_size, ids, mask, likeliest)
+        return sampler.choose(logits, controls, places, self.vocab_size, ids, mask, QUICK)
 
     def _paged(self, found: DecodeRows) -> Tensor:
         """The ids of decode rows, drafts included, from the slots of their pages."""
@@ -290,9 +290,8 @@ class FusedRunner:
             ahead = self.forward.mtp_hidden(hidden, next_ids, tokens, 0)
             at = torch.arange(b, device=self.device) * self.queries + accepted
             places = found.first[:b] + 2 + accepted
-            drafts = sampler.propose(
-                self.forward.logits(ahead[at]), controls, places, self.vocab_size, likeliest
-            ).unsqueeze(1)
+            guess = self.forward.logits(ahead[at])
+            drafts = sampler.propose(guess, controls, places, self.vocab_size, QUICK).unsqueeze(1)
         self._keep(0, choice, accepted, drafts)
         return Chosen(choice, accepted, drafts)
 

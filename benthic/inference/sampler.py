@@ -40,7 +40,11 @@ class Choice(NamedTuple):
     top_logprobs: Tensor | None = None
 
 
-Read = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+class Ways(NamedTuple):
+    """How the two things are found that look at every logit; both ways agree but for the last bits of a sum."""
+
+    read: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]  # as `read`
+    pick: Callable[[Tensor, Controls, Tensor, bool], Tensor]  # as `pick`
 
 
 def read(logits: Tensor, allowed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,6 +55,26 @@ def read(logits: Tensor, allowed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens, _at(every, tokens), peak, -_at(every, at)
 
 
+def pick(logits: Tensor, controls: Controls, where: Tensor, cut: bool) -> Tensor:
+    """logits [P, K, V] and places [P, K] -> tokens [P, K]: drawn, or the likeliest of greedy rows. `cut`: by
+    top_k, top_p and min_p."""
+    if not controls.draws:
+        return logits.argmax(-1)
+    logits = logits.float()
+    below = padded(logits, logits.amax(-1, keepdim=True))  # [P, K, V'] 0 for the likeliest, else negative
+    scaled = below if controls.temperature is None else below / controls.temperature[:, None, None]
+    weights = (scaled.exp() * UNIT).long()  # [P, K, V']
+    if cut:
+        weights = _cut(weights, below, controls)
+    drawn = draw(weights, controls.seed.unsqueeze(1), where).clamp(max=logits.shape[2] - 1)
+    if controls.greedy is None:
+        return drawn
+    return torch.where(controls.greedy.unsqueeze(1), logits.argmax(-1), drawn)
+
+
+PLAIN = Ways(read, pick)
+
+
 def choose(
     logits: Tensor,
     controls: Controls | None,
@@ -58,7 +82,7 @@ def choose(
     vocab_size: int,
     history: Tensor | None = None,
     bitmask: Tensor | None = None,
-    read: Read = read,
+    ways: Ways = PLAIN,
 ) -> Choice:
     """logits [B, K, V], float32 or as the output head leaves them -> tokens below `vocab_size`.
 
@@ -66,13 +90,14 @@ def choose(
     history [B, S]: ids of the sequence, drafts at their places included; only read where a row has penalties.
     bitmask [M, ceil(V / 32)] int32: a row per guided row; bit i of word w allows token 32 w + i at the first position.
     """
-    tokens, logprobs, peak, log_sum = read(logits, vocab_size)
+    tokens, logprobs, peak, log_sum = ways.read(logits, vocab_size)
     if controls is None:
         return Choice(tokens, logprobs)
     if len(controls.seed):
-        own = _of_shaped(logits[..., :vocab_size], controls).float()  # [P, K, V]
+        own = _of_shaped(logits[..., :vocab_size], controls)  # [P, K, V]
         where = _ahead(places, controls, logits.shape[1])  # [P, K]
-        tokens = _among(tokens, controls, _pick(_change(own, controls, where, history, bitmask), controls, where, True))
+        own = _change(own, controls, where, history, bitmask)
+        tokens = _among(tokens, controls, ways.pick(own, controls, where, True))
         logprobs = (_at(logits, tokens).float() - peak) - log_sum
     if (rows := controls.reported) is None:
         return Choice(tokens, logprobs)
@@ -82,7 +107,7 @@ def choose(
 
 
 def propose(
-    logits: Tensor, controls: Controls | None, places: Tensor, vocab_size: int, read: Read = read
+    logits: Tensor, controls: Controls | None, places: Tensor, vocab_size: int, ways: Ways = PLAIN
 ) -> Tensor:  # fmt: skip
     """A draft per row: logits [B, V] of a guessing module -> tokens [B] for the places [B].
 
@@ -90,10 +115,10 @@ def propose(
     guess with top_k, top_p and min_p would cost more time than it wins.
     """
     if controls is None or not controls.draws:
-        return read(logits, vocab_size)[0]
-    own = _of_shaped(logits[..., :vocab_size], controls).float().unsqueeze(1)  # [P, 1, V]
-    picked = _pick(own, controls, _ahead(places, controls, 1), cut=False).squeeze(1)
-    return picked if controls.rows is None else _among(read(logits, vocab_size)[0], controls, picked)
+        return ways.read(logits, vocab_size)[0]
+    own = _of_shaped(logits[..., :vocab_size], controls).unsqueeze(1)  # [P, 1, V]
+    picked = ways.pick(own, controls, _ahead(places, controls, 1), False).squeeze(1)
+    return picked if controls.rows is None else _among(ways.read(logits, vocab_size)[0], controls, picked)
 
 
 def _at(values: Tensor, ids: Tensor) -> Tensor:
@@ -118,10 +143,12 @@ def _ahead(places: Tensor, controls: Controls, count: int) -> Tensor:
 def _change(
     logits: Tensor, controls: Controls, where: Tensor, history: Tensor | None, bitmask: Tensor | None
 ) -> Tensor:
-    """Logits [P, K, V] after everything that comes before the temperature. The argument is left as it is."""
+    """Logits [P, K, V] after everything that comes before the temperature. Where something changes them they become
+    float32 and the argument is left as it is."""
     if controls.additions is None and controls.penalties is None and controls.guided is None:
         return logits
-    logits = logits.clone() if controls.rows is None else logits  # else it is a copy already
+    if logits.dtype != torch.float32 or controls.rows is None:  # else it is a copy already
+        logits = logits.to(torch.float32, copy=True)
     if (a := controls.additions) is not None:
         values = torch.where(where[a.rows] < a.until.unsqueeze(1), a.values.unsqueeze(1), 0.0)  # [M, K]
         positions = torch.arange(logits.shape[1], device=logits.device)
@@ -165,21 +192,6 @@ def _penalise(logits: Tensor, penalties: Penalties, first: Tensor, ids: Tensor) 
         row = row - penalties.frequency.unsqueeze(1) * counts
         rows.append(row - penalties.presence.unsqueeze(1) * (counts > 0))
     return torch.stack(rows, 1)
-
-
-def _pick(logits: Tensor, controls: Controls, where: Tensor, cut: bool) -> Tensor:
-    """logits [P, K, V] -> tokens [P, K]: drawn, or the likeliest of greedy rows."""
-    if not controls.draws:
-        return logits.argmax(-1)
-    below = padded(logits, logits.amax(-1, keepdim=True))  # [P, K, V'] 0 for the likeliest, else negative
-    scaled = below if controls.temperature is None else below / controls.temperature[:, None, None]
-    weights = (scaled.exp() * UNIT).long()  # [P, K, V']
-    if cut:
-        weights = _cut(weights, below, controls)
-    drawn = draw(weights, controls.seed.unsqueeze(1), where).clamp(max=logits.shape[2] - 1)
-    if controls.greedy is None:
-        return drawn
-    return torch.where(controls.greedy.unsqueeze(1), logits.argmax(-1), drawn)
 
 
 def _cut(weights: Tensor, below: Tensor, controls: Controls) -> Tensor:
