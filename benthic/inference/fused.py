@@ -153,26 +153,30 @@ class Fused:
             )  # fmt: skip
             torch.bmm(o_latent, w_uv.transpose(1, 2), out=out[:n].transpose(0, 1))  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
-            out[n:] = self.prompts(attn, q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:], latents, tokens.prefill)
+            new = q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:]
+            self.prompts(attn, *new, latents, tokens.prefill, out[n:])
         return linear(out.flatten(1), attn.o_proj.weight)
 
     def prompts(
-        self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents, chunks: Prefill
-    ) -> Tensor:
-        """Each chunk over itself, then over the cached tokens before it, piece by piece -> [N, H, V]."""
+        self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents,
+        chunks: Prefill, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Each chunk over itself, then over the cached tokens before it, piece by piece, into out [N, H, V]."""
 
         def expand(latent: Tensor) -> Tensor:
             return F.linear(latent, attn.kv_b_proj.weight).unflatten(-1, (attn.heads, -1))  # [S, H, D + V]
 
         first, longest = chunks.first, chunks.longest
-        result = mla_prefill(q_nope, q_rope, expand(c_kv), k_rope, first, first, longest, attn.scale, causal=True)
+        own = expand(c_kv)
+        result = mla_prefill(q_nope, q_rope, own, k_rope, first, first, longest, attn.scale, causal=True, out=out)
         for piece in chunks.pieces:
             c_kv, k_rope = latents.read(piece.slots, q_nope.dtype)
             part = mla_prefill(
                 q_nope, q_rope, expand(c_kv), k_rope, first, piece.first, longest, attn.scale, causal=False
             )
             result = merge(result, part)
-        return result[0]
+        if chunks.pieces:
+            out.copy_(result[0])
 
     def feed_forward(self, mlp: FFN | MoE, normed: Tensor, x: Tensor, after: RMSNorm) -> tuple[Tensor, Tensor]:
         """normed [N, d] through the network, added to x [N, d] -> (its norm for what comes `after`, the sum)."""

@@ -100,7 +100,7 @@ def _weigh(
         tl.program_id(1) * GROUP + tl.arange(0, GROUP) if SUM else tl.load(chosen + n).to(tl.int32) + tl.arange(0, 1)
     )
     i = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    rank, weight = _amounts(row, i, V, top, heat, False)
+    rank, weight = _amounts(row, i, V, top, heat, False)  # pyright: ignore[reportArgumentType]
     weight = tl.where(((rank < edge) | ((rank == edge) & (i <= last))) & (weight >= least), weight, 0)
     if SUM:
         tl.store(out + n * M + block, tl.sum(weight, 1), mask=block < M)
@@ -153,7 +153,8 @@ class Weights:
     def _weigh(self, chosen: Tensor, out: Tensor, size: int, group: int, total: bool, programs: int) -> None:
         _weigh[len(self.peaks), programs](
             self.logits, self.peaks, self.heats, self.edges, self.lasts, self.leasts, chosen, out,
-            self.logits.stride(0), self.v, out.shape[1], SIZE=size, GROUP=group, SUM=total,
+            self.logits.stride(0), self.v, out.shape[1],
+            SIZE=size, GROUP=group, SUM=total,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
 
 

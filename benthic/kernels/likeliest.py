@@ -43,7 +43,7 @@ def _join(
     found = tl.max(candidates, 0)
     places = tl.load(place + at, mask=inside & (candidates == found), other=allowed - 1)
     tl.store(tokens + row, tl.minimum(tl.min(places, 0), allowed - 1).to(tl.int64))  # a token also where all is NaN
-    tl.store(logprobs + row, (found - top) - log_sum)
+    tl.store(logprobs + row, (found - top) - log_sum)  # pyright: ignore[reportOperatorIssue]
     tl.store(top_out + row, top)
     tl.store(log_sum_out + row, log_sum)
 

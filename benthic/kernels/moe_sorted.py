@@ -36,6 +36,14 @@ def silu_times_up(gate_up: Tensor) -> Tensor:
     return out
 
 
+def _both(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """x [N, d], gate and up [I, d] -> [N, 2I]; one product where up lies behind gate in the same storage."""
+    same = up.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
+    if same and up.data_ptr() == gate.data_ptr() + gate.nbytes:
+        return F.linear(x, gate.as_strided((2 * len(gate), gate.shape[1]), (gate.shape[1], 1)))
+    return torch.cat((F.linear(x, gate), F.linear(x, up)), 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sorted:
     """Nothing to choose: the library chooses its own tiles. BF16 or wider, not FP8."""
@@ -53,6 +61,5 @@ class Sorted:
         back[order] = torch.arange(n * k, device=x.device)
         shared = None
         if w.shared_gate_proj is not None and w.shared_up_proj is not None and w.shared_down_proj is not None:
-            middle = torch.cat((F.linear(x, w.shared_gate_proj), F.linear(x, w.shared_up_proj)), 1)
-            shared = F.linear(silu_times_up(middle), w.shared_down_proj)
+            shared = F.linear(silu_times_up(_both(x, w.shared_gate_proj, w.shared_up_proj)), w.shared_down_proj)
         return y, back.view(n, k), shared

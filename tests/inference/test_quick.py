@@ -51,4 +51,6 @@ def test_a_mask_leaves_out_what_it_does_not_allow(device: str) -> None:
     built = controls.Controls(**{**vars(built), "guided": torch.tensor([1], device=device)})
     mask = torch.tensor([[1 << 7, 0]], dtype=torch.int32, device=device)
     for ways in (QUICK, PLAIN):
-        assert choose(logits, built, torch.zeros(2, dtype=torch.int64, device=device), 64, None, mask, ways).tokens[1].tolist() == [7]
+        assert choose(logits, built, torch.zeros(2, dtype=torch.int64, device=device), 64, None, mask, ways).tokens[
+            1
+        ].tolist() == [7]

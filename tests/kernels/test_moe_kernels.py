@@ -21,6 +21,7 @@ from benthic.parallel.dispatch import LocalDispatcher
 
 ROWS = Rows(up_block=32, up_chunk=256, down_block=64, down_chunk=256)
 TILES = Tiles(block_m=16, up_n=32, up_k=64, down_n=64, down_k=64)
+TALL = replace(TILES, shared_m=64, shared_up_n=16, shared_down_n=32)  # two heights of the shared experts in one launch
 FP8 = Fp8Tiles(block_m=16)
 WAYS = pytest.mark.parametrize("tiles", [ROWS, TILES], ids=["rows", "tiles"])
 ALL = pytest.mark.parametrize("tiles", [ROWS, TILES, Sorted()], ids=["rows", "tiles", "sorted"])
@@ -112,6 +113,7 @@ def rounded(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     [
         (1, 4, 2, 64, 32, 2, ROWS), (3, 5, 3, 72, 40, 0, ROWS), (2, 4, 2, 136, 48, 1, ROWS),
         (1, 4, 2, 64, 32, 2, TILES), (3, 5, 3, 72, 40, 0, TILES), (21, 4, 2, 64, 48, 1, TILES),
+        (5, 4, 2, 72, 40, 2, TALL), (70, 5, 3, 64, 48, 1, TALL), (3, 5, 3, 64, 32, 0, TALL),
         (1, 4, 2, 64, 32, 2, Sorted()), (3, 5, 3, 72, 40, 0, Sorted()), (21, 4, 2, 64, 48, 1, Sorted()),
     ],
 )  # fmt: skip
@@ -204,6 +206,19 @@ def test_it_is_the_models_mixture_of_experts(tiles: Rows | Tiles | Sorted, devic
         assert error(normed, norm(residual + y)) < bound
 
 
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_gate_and_up_of_the_shared_experts_may_lie_in_one_storage(neighbours: bool, device: str) -> None:
+    weights, x, (ids, gates) = on(device, experts(4, 64, 32, 2)), random(9, 64).to(device), choice(9, 2, 4, device)
+    assert weights.shared_gate_proj is not None
+    assert weights.shared_up_proj is not None
+    expected = moe_ref(x, weights, ids, gates)
+    order = (0, 1) if neighbours else (1, 0)
+    storage = torch.cat([(weights.shared_gate_proj, weights.shared_up_proj)[i] for i in order])
+    gate, up = (storage.split(64)[order.index(i)] for i in range(2))
+    laid = replace(weights, shared_gate_proj=gate, shared_up_proj=up)
+    assert error(moe(x, laid, ids, gates, tiles=Sorted()), expected) < 1e-5
+
+
 @WAYS
 def test_bfloat16_is_within_its_rounding_of_the_reference(tiles: Rows | Tiles, device: str) -> None:
     if device == "cpu" and tiles is TILES:
@@ -217,7 +232,7 @@ def test_bfloat16_is_within_its_rounding_of_the_reference(tiles: Rows | Tiles, d
         assert error(moe(x, weights, ids, gates, tiles=way), expected) < bound
 
 
-@pytest.mark.parametrize("tiles", [ROWS, TILES, FP8], ids=["rows", "tiles", "fp8"])
+@pytest.mark.parametrize("tiles", [ROWS, TILES, TALL, FP8], ids=["rows", "tiles", "tall", "fp8"])
 def test_results_repeat_and_a_token_does_not_see_its_neighbours(tiles: Rows | Tiles | Fp8Tiles, device: str) -> None:
     n = 4 if tiles is ROWS else 18  # more than one tile
     weights, x = on(device, experts(4, 64, 32, 1, fp8=tiles is FP8)), random(n, 64).to(device)
@@ -262,7 +277,7 @@ def test_the_grid_has_room_for_the_worst_choice() -> None:
 def test_more_pairs_per_expert_give_taller_tiles() -> None:
     ways = [choose_tiles(n, 6, 64, torch.bfloat16) for n in (1, 4, 5, 128, 256, 512, 1024, 4096)]
     assert [type(way) for way in ways] == [Rows] * 2 + [Tiles] * 5 + [Sorted]
-    assert [way.block_m for way in ways if isinstance(way, Tiles)] == [16, 16, 32, 64, 128]
+    assert [way.block_m for way in ways if isinstance(way, Tiles)] == [16, 64, 64, 64, 128]
     ways = [choose_tiles(n, 6, 64, torch.float8_e4m3fn) for n in (1, 4, 5, 64, 256, 512, 4096)]
     assert [type(way) for way in ways] == [Rows] * 2 + [Fp8Tiles] * 5
     assert [way.block_m for way in ways if isinstance(way, Fp8Tiles)] == [16, 16, 32, 64, 64]
