@@ -1,7 +1,7 @@
 """How fast are the expert kernels, against the memory they must read and against sorted grouped products?
 
     python benchmarks/kernels_moe.py --tokens 1 4 8 32 128 256 1024 --output rows.json
-    python benchmarks/kernels_moe.py --tokens 1 32 --routing uniform --sweep
+    python benchmarks/kernels_moe.py --tokens 1 32 --routing uniform groups --sweep
 
 V2-Lite's shape on one GPU. A CUDA graph runs several layers with weights of their own, so that none is found in L2;
 a row is the median time of one layer: order, products and sum, without the router. Roof: the weights of the experts
@@ -56,8 +56,13 @@ def random_weights(fp8: bool, seed: int) -> ExpertWeights:
 
 
 def choice(n: int, routing: str, seed: int) -> tuple[Tensor, Tensor]:
-    """K distinct experts per token; skewed: the r-th expert is as likely as 1 / r."""
+    """K distinct experts per token; skewed: the r-th expert is as likely as 1 / r; groups: half of the tokens choose
+    the same K experts, the others K more, as rows do that continue the same text."""
     generator = torch.Generator().manual_seed(seed)
+    if routing == "groups":
+        sets = torch.randperm(E, generator=generator)[: 2 * K].view(2, K)
+        ids = sets[torch.randint(2, (n,), generator=generator)]
+        return ids.int().cuda(), torch.rand(n, K, generator=generator).softmax(-1).cuda()
     gumbel = -torch.log(-torch.log(torch.rand(n, E, generator=generator)))
     if routing == "skewed":
         gumbel -= torch.arange(1, E + 1).log()[torch.randperm(E, generator=generator)]
@@ -172,7 +177,9 @@ def changes(start: Way) -> Iterator[list[dict[str, int]]]:
     for part in ("up", "down"):
         columns = (16, 32, 64, 128) if part == "up" else (32, 64, 128, 256)
         yield [{f"{part}_n": n, f"{part}_k": k} for n in columns for k in (64, 128)]
-    yield [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (3, 4, 5)]
+    shapes = [(m, n) for m in (64, 128) for n in (32, 64)]
+    yield [{"shared_m": m, "shared_up_n": n, "shared_down_n": 2 * n} for m, n in shapes]
+    yield [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (2, 3, 4)]
 
 
 def sweep(case: Case, start: Way) -> tuple[Way, float]:
@@ -198,7 +205,9 @@ def sweep(case: Case, start: Way) -> tuple[Way, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 32, 128, 256, 1024])
-    parser.add_argument("--routing", nargs="+", default=["uniform", "skewed"], choices=["uniform", "skewed"])
+    parser.add_argument(
+        "--routing", nargs="+", default=["uniform", "skewed", "groups"], choices=["uniform", "skewed", "groups"]
+    )
     parser.add_argument("--weights", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=20)
