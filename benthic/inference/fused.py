@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.errors import InputError
-from benthic.kernels import latent_store, mla_decode, moe, norm, route
+from benthic.kernels import latent_store, mla_decode, mla_output, moe, norm, route
 from benthic.kernels.gemv import linear
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
@@ -132,22 +132,20 @@ class Fused:
         if attn.compressed:
             q = linear(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj.weight)
         q = q.unflatten(-1, (attn.heads, -1))  # [N, H, D + P]
-        kv_norm = attn.kv_a_layernorm
-        q_rope, dense = latent_store.store(
-            kv_a, kv_norm.weight, kv_norm.eps, q, *angles, tokens.slots, latents, dense=tokens.prefill is not None
+        d, v, kv_norm = attn.query_sizes[0], attn.value_size, attn.kv_a_layernorm
+        w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
+        n = 0 if tokens.decode is None else tokens.decode.rows * tokens.decode.queries
+        stored = latent_store.store(
+            kv_a, kv_norm.weight, kv_norm.eps, q, *angles, tokens.slots, latents, w_uk, decoding=n
         )
-        d, v = attn.query_sizes[0], attn.value_size
+        q_rope, dense = stored.q_rope, stored.dense
         out = x.new_empty(len(x), attn.heads, v)
-        n = 0
         if tokens.decode is not None:
-            n = tokens.decode.rows * tokens.decode.queries
-            w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
-            q_latent = torch.bmm(q[:n, :, :d].transpose(0, 1), w_uk)  # [H, n, R], W^UK absorbed into the query
-            o_latent = mla_decode.mla_decode(
-                q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context,
+            parts = mla_decode.stretches(
+                stored.q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context,
                 page_size=self.page_size, scale=attn.scale,
             )  # fmt: skip
-            torch.bmm(o_latent, w_uv.transpose(1, 2), out=out[:n].transpose(0, 1))  # W^UV absorbed into the output
+            mla_output.output(*parts, w_uv, out[:n])  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
             out[n:] = self.prompts(attn, q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:], latents, tokens.prefill)
         return linear(out.flatten(1), attn.o_proj.weight)

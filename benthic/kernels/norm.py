@@ -12,21 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain
+
 
 @triton.jit
 def _rms_norm(
     x, residual, weight, out, total, eps, stride_x, stride_r, stride_t, D: tl.constexpr, ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = d < D
+    w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    chain.wait(CHAINED)
     value = tl.load(x + row * stride_x + d, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * stride_r + d, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * stride_t + d, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * w
     tl.store(out + row * D + d, normed.to(out.dtype.element_ty), mask=inside)
 
@@ -47,6 +51,7 @@ def _launch(
         x.stride(0), 0 if residual is None else residual.stride(0), 0 if total is None else total.stride(0),
         D=d, ADD=residual is not None, BLOCK=block,
         num_warps=num_warps or min(max(block // 512, 1), 16),  # pyright: ignore[reportCallIssue]
+        **chain.options(x.device),
     )  # fmt: skip
     return out
 

@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain
+from benthic.kernels.gemv import fetch, times
+
 Scoring = Literal["sigmoid", "softmax"]
 Method = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 
@@ -30,7 +33,7 @@ class Tiles:
 
     rows_max: int = 16  # up to so many tokens a program per token, from there on tiles
     rows_experts: int = 2
-    rows_block: int = 2048  # all of a row of V2-Lite in flight at once
+    rows_block: int = 512
     tile_tokens: int = 16  # small, so that a few hundred tokens occupy the chip
     tile_experts: int = 32
     tile_block: int = 128
@@ -41,24 +44,24 @@ class Tiles:
 @triton.jit
 def _logits_of_rows(
     x, weight, logits, stride_x, D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_E], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        mask = (expert < E)[:, None] & (d < D)[None, :]
-        w = tl.load(weight + expert[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(w * row[None, :], 1)
+    tiles = fetch(weight + expert * D, expert < E, D, D, BLOCK_D)
+    chain.wait(CHAINED)
+    total = times(tiles, x + token * stride_x, D, D, BLOCK_E, BLOCK_D)
     tl.store(logits + token * E + expert, total, mask=expert < E)
 
 
 @triton.jit
 def _logits_of_tiles(
     x, weight, logits, stride_x, n_tokens, D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
+    chain.wait(CHAINED)
     token = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -106,8 +109,10 @@ def _without_losing_groups(
 def _choose(
     logits, bias, topk_ids, topk_weights, scaling, E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     SOFTMAX: tl.constexpr, BIASED: tl.constexpr, NORMALISED: tl.constexpr, PAD_G: tl.constexpr, PAD_S: tl.constexpr,
-    PAD_K: tl.constexpr,
+    PAD_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
+    chain.wait(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, PAD_G)[:, None], tl.arange(0, PAD_S)[None, :]
     index = group * (E // G) + member  # [G, E/G], both padded to powers of two
@@ -157,12 +162,14 @@ def route(
         _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
             x, weight, logits, x.stride(0), D=d, E=e, BLOCK_E=t.rows_experts,
             BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)), num_warps=t.num_warps,  # pyright: ignore
+            **chain.options(x.device),
         )  # fmt: skip
     else:
         tokens = t.tile_tokens if n <= 1024 else 4 * t.tile_tokens
         _logits_of_tiles[triton.cdiv(n, tokens), triton.cdiv(e, t.tile_experts)](
             x, weight, logits, x.stride(0), n, D=d, E=e, BLOCK_N=tokens, BLOCK_E=t.tile_experts,
             BLOCK_D=t.tile_block, num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore
+            **chain.options(x.device),
         )  # fmt: skip
     groups = 1 if topk_method == "greedy" else n_group
     _choose[(n,)](
@@ -171,6 +178,7 @@ def route(
         BIASED=bias is not None, NORMALISED=norm_topk_prob, PAD_G=triton.next_power_of_2(groups),
         PAD_S=triton.next_power_of_2(e // groups), PAD_K=triton.next_power_of_2(num_experts_per_tok),
         num_warps=1,  # pyright: ignore[reportCallIssue]  a few values per lane: reductions stay inside one warp
+        **chain.options(x.device),
     )  # fmt: skip
     return topk_ids, topk_weights
 

@@ -19,7 +19,7 @@ from benthic.model.linear import RMSNorm
 from benthic.model.moe import MoE
 from benthic.parallel.dispatch import LocalDispatcher
 
-ROWS = Rows(up_block=32, up_chunk=256, down_block=64, down_chunk=256)
+ROWS = Rows(tile=8192)
 TILES = Tiles(block_m=16, up_n=32, up_k=64, down_n=64, down_k=64)
 FP8 = Fp8Tiles(block_m=16)
 WAYS = pytest.mark.parametrize("tiles", [ROWS, TILES], ids=["rows", "tiles"])
