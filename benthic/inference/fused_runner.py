@@ -176,7 +176,7 @@ class FusedRunner:
             found = decode_rows(data, self.queries, self.feed, self.config.page_size)
             tokens = joined(found, None)
             hidden = self._hidden(tokens)
-            return found, tokens, hidden, self.model.logits(hidden).view(rows, self.queries, -1)
+            return found, tokens, hidden, self.forward.logits(hidden).view(rows, self.queries, -1)
 
         graph, (found, tokens, hidden, logits) = self.gpu.graph(step)
         captured = Captured(data, found, tokens, hidden, logits, graph)
@@ -203,7 +203,7 @@ class FusedRunner:
         n, parts = d * self.queries, []
         next_ids = chunks.next_ids
         if found is not None:
-            logits = self.model.logits(hidden[:n]).view(d, self.queries, -1)
+            logits = self.forward.logits(hidden[:n]).view(d, self.queries, -1)
             controls = self._controls(plan.seqs[:d])
             choice = self._choose(logits, controls, found.first + 1, partial(self._paged, found), masks[0])
             parts.append((choice, accept(found, choice.tokens), controls))
@@ -211,7 +211,7 @@ class FusedRunner:
         seqs = plan.seqs[d:]
         controls = controls_of.build(seqs, self.device)
         places = chunks.tokens[1][chunks.last] + 1
-        logits = self.model.logits(hidden[n + chunks.last]).unsqueeze(1)
+        logits = self.forward.logits(hidden[n + chunks.last]).unsqueeze(1)
         choice = self._choose(logits, controls, places, partial(self._listed, seqs), masks[1])
         whole = torch.tensor([s + c == seq.fill for seq, s, c in zip(seqs, plan.starts[d:], plan.counts[d:])])
         at = n + chunks.last
@@ -235,7 +235,7 @@ class FusedRunner:
                 at, places = n + chunks.last, chunks.tokens[1][chunks.last] + 1
             drafts = choice.tokens[:, :0]
             if ahead is not None:
-                guess = self.model.logits(ahead[at])
+                guess = self.forward.logits(ahead[at])
                 drafts = sampler.propose(guess, controls, places + 1, self.vocab_size).unsqueeze(1)
             begin = len(parts[0][1]) if chosen else 0
             self._keep(begin, choice, accepted, drafts)
@@ -289,7 +289,7 @@ class FusedRunner:
             ahead = self.forward.mtp_hidden(hidden, next_ids, tokens, 0)
             at = torch.arange(b, device=self.device) * self.queries + accepted
             places = found.first[:b] + 2 + accepted
-            drafts = sampler.propose(self.model.logits(ahead[at]), controls, places, self.vocab_size).unsqueeze(1)
+            drafts = sampler.propose(self.forward.logits(ahead[at]), controls, places, self.vocab_size).unsqueeze(1)
         self._keep(0, choice, accepted, drafts)
         return Chosen(choice, accepted, drafts)
 

@@ -20,6 +20,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+MOST = 64  # tokens; of more, kernels are long, and programs that wait take the place of programs that work
 
 
 @triton.jit
@@ -36,8 +39,12 @@ def wait(CHAINED: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+def options(x: Tensor) -> dict[str, bool]:
+    """What the launch of a chained kernel for tokens x [N, ...] needs beside its own arguments."""
+    chained = len(x) <= MOST and _able(x.device)
+    return {"CHAINED": chained, "launch_pdl": chained}
+
+
 @functools.cache
-def options(device: torch.device) -> dict[str, bool]:
-    """What the launch of a chained kernel needs beside its own arguments; in Triton's interpreter nothing is chained."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"CHAINED": able, "launch_pdl": able}
+def _able(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -2,7 +2,7 @@
 
 Libraries' products are made for tiles and leave half of the memory's speed unused at one token. A program fetches all
 of its rows at once, in tiles of which every warp reads whole lines, while the kernel before it still runs (chain.py),
-multiplies them by the vector, and only then sums. Bytes: the matrix; memory-bound. Float32 inside, summed in a fixed
+multiplies them by one vector after the other, and only then sums. Bytes: the matrix; memory-bound. Float32 inside, summed in a fixed
 order; tokens do not see each other.
 
 Letters: N tokens, D inputs, M outputs.
@@ -59,15 +59,16 @@ def times(tiles, x, width, WIDEST: tl.constexpr, R: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit
 def _rows(
-    x, weight, out, stride_x, stride_w, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    x, weight, out, stride_x, stride_w, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     chain.begin(CHAINED)
-    token, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tiles = fetch(weight + m.to(tl.int64) * stride_w, m < M, D, D, CHUNK)
     chain.wait(CHAINED)
-    total = times(tiles, x + token * stride_x, D, D, BLOCK, CHUNK)
-    tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
+    for token in range(N):
+        total = times(tiles, x + token * stride_x, D, D, BLOCK, CHUNK)
+        tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
 
 
 def linear(x: Tensor, weight: Tensor, *, tiles: dict[str, int] | None = None, num_warps: int = 4) -> Tensor:
@@ -80,8 +81,8 @@ def linear(x: Tensor, weight: Tensor, *, tiles: dict[str, int] | None = None, nu
     out = torch.empty(n, m, dtype=x.dtype, device=x.device)
     if n:
         tiles = tiles or tiles_of(d)
-        _rows[n, triton.cdiv(m, tiles["BLOCK"])](
-            x, weight, out, x.stride(0), weight.stride(0), m, D=d, **tiles, num_warps=num_warps,  # pyright: ignore
-            **chain.options(x.device),
+        _rows[(triton.cdiv(m, tiles["BLOCK"]),)](
+            x, weight, out, x.stride(0), weight.stride(0), n, m, D=d, **tiles, num_warps=num_warps,  # pyright: ignore
+            **chain.options(x),
         )  # fmt: skip
     return out

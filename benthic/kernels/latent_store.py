@@ -146,7 +146,7 @@ def store(
         *(dense or (unused, unused)), kv_a.stride(0), q.stride(0), q.stride(1), w_uk.stride(0), q_latent.stride(0),
         FORMAT=latents.format, DENSE=dense is not None, H=h, R=r, P=p, D=width - p,
         GROUP=group_of(latents.format, r), BLOCK_H=heads, BLOCK_R=columns,
-        num_warps=num_warps, **chain.options(q.device),  # pyright: ignore[reportCallIssue]
+        num_warps=num_warps, **chain.options(q),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     if decoding and not few:
         torch.bmm(q[:decoding, :, :-p].transpose(0, 1), w_uk, out=q_latent)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benthic.kernels import chain
+from benthic.kernels import chain, mla_stretch
 from benthic.kernels.latent import Latents, group_of
 
 LOG2E = 1.4426950408889634
@@ -278,6 +278,8 @@ def stretches(
         return q_latent.new_empty(h, n, r), None
     b, w = table.shape
     q = n // b
+    if tiles is None and mla_stretch.fits(latents, b, q * h, page_size, w * page_size):
+        return mla_stretch.stretches(q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale)
     tiles = tiles or choose_tiles(latents, b, q * h, page_size, w * page_size)
     block_n, group = min(tiles.block_n, page_size), group_of(latents.format, r)
     split, device = tiles.splits > 1, q_latent.device
@@ -292,7 +294,7 @@ def stretches(
         FORMAT=latents.format, Q=q, H=h, R=r, P=p, GROUP=group, PAGE=page_size, SPLITS=tiles.splits,
         BLOCK_M=tiles.block_m, BLOCK_N=block_n, PARTS=parts, SWAP=tiles.swap,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
-        **chain.options(device),
+        **chain.options(q_rope),
     )  # fmt: skip
     return out, lse
 
@@ -305,7 +307,7 @@ def combine(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
     _combine[(n * h, r // width)](
         parts, lse, out, n * h, out.stride(0), out.stride(1), H=h, R=r, SPLITS=splits,
         BLOCK_S=triton.next_power_of_2(splits), BLOCK_R=width,
-        num_warps=1, **chain.options(out.device),  # pyright: ignore[reportCallIssue]
+        num_warps=1, **chain.options(parts[0]),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out
 

@@ -38,14 +38,16 @@ def _output(
     if SPLITS == 1:
         result = times(tiles, parts, R, R, BLOCK, CHUNK)
     else:
-        each = tl.load(lse + split * pairs + token * H + head, mask=split < SPLITS, other=float("-inf"))
+        each, some = tl.load(lse + split * pairs + token * H + head, mask=split < SPLITS, other=float("-inf")), ()
+        for first in tl.static_range(0, R, CHUNK):
+            at = parts + split.to(tl.int64)[:, None] * stride_s + first + tl.arange(0, CHUNK)[None, :]
+            some += (tl.load(at, mask=(split < SPLITS)[:, None], other=0.0),)  # those without a token are not looked at
         used, highest = each > float("-inf"), tl.max(each, 0)
         weight = tl.where(used, tl.exp2(each - tl.where(highest > float("-inf"), highest, 0.0)), 0.0)
         weight /= tl.maximum(tl.sum(weight, 0), 1.0)  # the highest weighs 1; less where nothing was used
         total = tl.zeros([BLOCK, CHUNK], tl.float32)
         for first in tl.static_range(0, R, CHUNK):
-            at = parts + split.to(tl.int64)[:, None] * stride_s + first + tl.arange(0, CHUNK)[None, :]
-            latent = tl.sum(tl.load(at, mask=used[:, None], other=0.0) * weight[:, None], 0)
+            latent = tl.sum(tl.where(used[:, None], some[first // CHUNK] * weight[:, None], 0.0), 0)
             latent = latent.to(out.dtype.element_ty).to(tl.float32)
             total += tiles[first // CHUNK].to(tl.float32) * latent[None, :]
         result = tl.sum(total, 1)
@@ -67,5 +69,5 @@ def output(parts: Tensor, lse: Tensor | None, w_uv: Tensor, out: Tensor, *, bloc
         _output[n, triton.cdiv(v, block), h](
             parts, parts if lse is None else lse, w_uv, out, n * h, *strides, w_uv.stride(0),
             H=h, V=v, R=r, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK=block, CHUNK=min(chunk, r),
-            num_warps=8, **chain.options(out.device),  # pyright: ignore[reportCallIssue]
+            num_warps=8, **chain.options(out),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip

@@ -113,8 +113,8 @@ def _experts_and_sum(
         x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps,
         0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
         PLACED=place is not None, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),  # pyright: ignore[reportCallIssue]
-        **chain.options(x.device),
+        num_warps=min(max(block // (512 if n > 16 else 128), 1), 16),  # pyright: ignore[reportCallIssue]
+        **chain.options(x),
     )  # fmt: skip
     return normed, out
 

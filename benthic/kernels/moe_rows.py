@@ -34,7 +34,8 @@ def _times(
             parts = tl.sum(tl.reshape(product, [R, CHUNK // 128, 128]), 2)
             column = first // 128 + tl.arange(0, CHUNK // 128)
             at = (row // 128)[:, None] * grid + column[None, :]
-            total += tl.sum(parts * tl.load(scale + at, mask=(column < grid)[None, :], other=0.0), 1)
+            inside = (column * 128 < width)[None, :]
+            total += tl.sum(parts * tl.load(scale + at, mask=inside, other=0.0), 1)
         return total
     else:
         return times(tiles, x, width, WIDEST, R, CHUNK)
@@ -84,10 +85,15 @@ def _down(
         expert = slot - K + E
     matrix, factors, width, grid = down_matrix(expert, down, shared_down, scale, shared_scale, D, I, E, S)
     row = tl.where(d < D, d, 0)
-    WIDEST: tl.constexpr = (I * S) if SLOTS > K else I
-    tiles = fetch(matrix + d * width, d < D, width, WIDEST, CHUNK)
+    rows, x = matrix + d * width, h + (token * (K + S) + slot) * I
+    PART: tl.constexpr = (I + CHUNK - 1) // CHUNK * CHUNK
+    tiles = fetch(rows, d < D, width, PART, CHUNK)
     chain.wait(CHAINED)
-    total = _times(tiles, h + (token * (K + S) + slot) * I, width, factors, row, grid, WIDEST, BLOCK, CHUNK, FP8)
+    total = _times(tiles, x, width, factors, row, grid, PART, BLOCK, CHUNK, FP8)
+    for first in range(PART, width, PART):  # the shared ones go on
+        tiles = fetch(rows + first, d < D, width - first, PART, CHUNK)
+        factors += PART // 128
+        total += _times(tiles, x + first, width - first, factors, row, grid, PART, BLOCK, CHUNK, FP8)
     tl.store(y + (token * SLOTS + slot) * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
 
@@ -106,14 +112,14 @@ class Rows:
         slots = k + (s > 0)
         h = torch.empty(n, k + s, i, dtype=x.dtype, device=x.device)
         y = torch.empty(n, slots, d, dtype=x.dtype, device=x.device)
-        up, down = gemv.tiles_of(d, self.tile), gemv.tiles_of(max(s, 1) * i, self.tile)
+        up, down = gemv.tiles_of(d, self.tile), gemv.tiles_of(i, self.tile)
         _up[n, triton.cdiv(i, up["BLOCK"]), k + s](
             x, topk_ids, h, *weights.up_arguments(), x.stride(0),  # pyright: ignore[reportCallIssue]
             D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, **up,
-            num_warps=self.num_warps, **chain.options(x.device),  # pyright: ignore[reportCallIssue]
+            num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         _down[n, triton.cdiv(d, down["BLOCK"]), slots](
             h, topk_ids, y, *weights.down_arguments(), D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, SLOTS=slots, **down,
-            num_warps=self.num_warps, **chain.options(x.device),  # pyright: ignore[reportCallIssue]
+            num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return y
