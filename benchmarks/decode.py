@@ -88,18 +88,18 @@ def milliseconds(run: Callable[[], object], repeats: int) -> float:
 
 def touched(step: Callable[[], Tensor]) -> float:
     """Distinct experts per layer in one step, on average."""
-    seen, true = [], fused.route.route
+    seen, true = [], fused.route.choose
 
     def spy(*args, **kwargs):
         ids, weights = true(*args, **kwargs)
         seen.append(len(ids.unique()))
         return ids, weights
 
-    fused.route.route = spy
+    fused.route.choose = spy
     try:
         step()
     finally:
-        fused.route.route = true
+        fused.route.choose = true
     return statistics.mean(seen) if seen else 0.0
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.errors import InputError
-from benthic.kernels import latent_store, mla_decode, moe, norm, route
+from benthic.kernels import decode_inputs, latent_store, mla_decode, mla_output, moe, norm, route
 from benthic.kernels.gemv import linear
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
@@ -89,7 +89,7 @@ class Fused:
 
     def hidden(self, tokens: Tokens) -> Tensor:
         """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards."""
-        angles = self.angles(tokens.positions)
+        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         blocks: list[Block] = list(self.model.layers)  # type: ignore[arg-type]
         norms = [block.input_layernorm for block in blocks]
         x = F.embedding(tokens.ids, self.model.embed_tokens.weight)
@@ -99,8 +99,8 @@ class Fused:
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., d] -> logits [..., V] in the compute dtype; the sampler widens what it reads."""
-        return F.linear(hidden, self.model.head)
+        """hidden [N, d] -> logits [N, V] in the compute dtype; the sampler widens what it reads."""
+        return linear(hidden, self.model.head)
 
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
@@ -109,13 +109,8 @@ class Fused:
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
         x = F.linear(both, module.eh_proj.weight)
         layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
-        angles = self.angles(tokens.positions)
+        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
-
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [N] -> cos, sin [N, P/2] float32."""
-        turn = positions.float().unsqueeze(-1) * self.frequencies
-        return turn.cos() * self.turn, turn.sin() * self.turn
 
     def block(
         self, layer: int, block: Block, normed: Tensor, x: Tensor, after: RMSNorm, tokens: Tokens,
@@ -124,8 +119,10 @@ class Fused:
         """One layer: the residual stream x [N, d] and its norm for this layer -> the same for what comes `after`."""
         delta = self.attention(layer, block.self_attn, normed, tokens, angles)  # type: ignore[arg-type]
         middle = block.post_attention_layernorm
+        if isinstance(block.mlp, MoE):
+            return self.mixture(block.mlp, delta, x, middle, after)
         normed, x = norm.add_rms_norm(delta, x, middle.weight, middle.eps)
-        return self.feed_forward(block.mlp, normed, x, after)  # type: ignore[arg-type]
+        return norm.add_rms_norm(dense(block.mlp, normed), x, after.weight, after.eps)  # type: ignore[arg-type]
 
     def attention(self, layer: int, attn: MLA, x: Tensor, tokens: Tokens, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, d] -> [N, d]: absorbed for the decode rows, decompressed for the prompts."""
@@ -136,22 +133,20 @@ class Fused:
         if attn.compressed:
             q = linear(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj.weight)
         q = q.unflatten(-1, (attn.heads, -1))  # [N, H, D + P]
-        kv_norm = attn.kv_a_layernorm
-        q_rope, dense = latent_store.store(
-            kv_a, kv_norm.weight, kv_norm.eps, q, *angles, tokens.slots, latents, dense=tokens.prefill is not None
+        d, v, kv_norm = attn.query_sizes[0], attn.value_size, attn.kv_a_layernorm
+        w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
+        n = 0 if tokens.decode is None else tokens.decode.rows * tokens.decode.queries
+        stored = latent_store.store(
+            kv_a, kv_norm.weight, kv_norm.eps, q, *angles, tokens.slots, latents, w_uk, decoding=n
         )
-        d, v = attn.query_sizes[0], attn.value_size
+        q_rope, dense = stored.q_rope, stored.dense
         out = x.new_empty(len(x), attn.heads, v)
-        n = 0
         if tokens.decode is not None:
-            n = tokens.decode.rows * tokens.decode.queries
-            w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
-            q_latent = torch.bmm(q[:n, :, :d].transpose(0, 1), w_uk)  # [H, n, R], W^UK absorbed into the query
-            o_latent = mla_decode.mla_decode(
-                q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context,
+            parts = mla_decode.stretches(
+                stored.q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context,
                 page_size=self.page_size, scale=attn.scale,
             )  # fmt: skip
-            torch.bmm(o_latent, w_uv.transpose(1, 2), out=out[:n].transpose(0, 1))  # W^UV absorbed into the output
+            mla_output.output(*parts, w_uv, out[:n])  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
             new = q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:]
             self.prompts(attn, *new, latents, tokens.prefill, out[n:])
@@ -178,13 +173,14 @@ class Fused:
         if chunks.pieces:
             out.copy_(result[0])
 
-    def feed_forward(self, mlp: FFN | MoE, normed: Tensor, x: Tensor, after: RMSNorm) -> tuple[Tensor, Tensor]:
-        """normed [N, d] through the network, added to x [N, d] -> (its norm for what comes `after`, the sum)."""
-        if isinstance(mlp, FFN):
-            return norm.add_rms_norm(dense(mlp, normed), x, after.weight, after.eps)
+    def mixture(
+        self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """delta added to x [N, d], their norm through the experts, added -> (its norm for what comes `after`, the sum)."""
         c, gate = self.model.config, mlp.gate
-        ids, weights = route.route(
-            normed, gate.weight, gate.e_score_correction_bias, num_experts_per_tok=c.num_experts_per_tok,
+        normed, x, logits = route.add_norm_logits(delta, x, middle.weight, middle.eps, gate.weight)
+        ids, weights = route.choose(
+            logits, gate.e_score_correction_bias, num_experts_per_tok=c.num_experts_per_tok,
             scoring_func=c.scoring_func, topk_method=c.topk_method, n_group=c.n_group, topk_group=c.topk_group,
             norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benthic.inference.fused import Decode, Piece, Prefill, Tokens
 from benthic.inference.scheduler import Plan
+from benthic.kernels import decode_inputs
 
 PIECE = 16_384  # cached tokens whose keys and values are decompressed at once
 
@@ -54,22 +55,14 @@ class DecodeRows:
 
 
 def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> DecodeRows:
-    """Cut the array apart and fill in what the device knows better."""
-    ids, source, start, counts, pages = data.split([queries, 1, 1, 1, data.shape[1] - queries - 3], 1)
-    known, at = source < 0, source.clamp(min=0).squeeze(1)
-    ids = torch.where(known, ids, feed.ids[at])  # [B, Q]
-    first = start + torch.where(known, 0, feed.gain[at].unsqueeze(1))  # [B, 1]
-    steps = torch.arange(queries, device=data.device)
-    positions = first + steps  # [B, Q]
-    page = pages.gather(1, (positions // page_size).clamp(max=pages.shape[1] - 1))
-    slots = torch.where(steps < counts, page * page_size + positions % page_size, 0)
-    context = torch.where(counts > 0, first + queries, 0).squeeze(1)  # queries that are not real see what is there
+    """Cut the array apart and fill in what the device knows better. Queries that are not real see what is there."""
+    tokens, first, context, table = decode_inputs.rows(data, queries, feed.ids, feed.gain, page_size)
     return DecodeRows(
-        ids=ids,
-        counts=counts.squeeze(1),
-        first=first.squeeze(1),
-        tokens=torch.stack((ids, positions, slots)).flatten(1),
-        decode=Decode(len(data), queries, pages.int(), context.int()),
+        ids=tokens[0].view(-1, queries),
+        counts=data[:, queries + 2],
+        first=first,
+        tokens=tokens,
+        decode=Decode(len(data), queries, table, context),
     )
 
 
@@ -139,5 +132,5 @@ def _pieces(contexts: list[int]) -> list[list[tuple[int, int]]]:
 def joined(decode: DecodeRows | None, chunks: Chunks | None) -> Tokens:
     """Decode rows and chunks as one pass."""
     parts = [part.tokens for part in (decode, chunks) if part is not None]
-    ids, positions, slots = torch.cat(parts, 1)
+    ids, positions, slots = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return Tokens(ids, positions, slots, decode and decode.decode, chunks and chunks.prefill)

@@ -1,10 +1,15 @@
 """A matrix times very few vectors: every row of the matrix is read once, by a program of its own and a few neighbours.
 
-Libraries' products are made for tiles and leave half of the memory's speed unused at one token. Bytes: the matrix;
-memory-bound. Float32 inside, summed in a fixed order; tokens do not see each other.
+Libraries' products are made for tiles and leave half of the memory's speed unused at one token. A program fetches all
+of its rows at once, in tiles of which every warp reads whole lines, while the kernel before it still runs (chain.py),
+multiplies them by one vector after the other, and only then sums. Bytes: the matrix; memory-bound. Float32 inside, summed in a fixed
+order; tokens do not see each other.
 
-Letters: N tokens, d inputs, M outputs.
+Letters: N tokens, D inputs, M outputs.
 """
+
+# What static_range is inside a kernel, its type does not say.
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +17,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain
+
 FEW = 4  # tokens up to which a matrix is better read row by row
+TILE = 1024  # numbers: 16 bytes per thread of four warps in bfloat16
+
+
+def tiles_of(width: int, tile: int = TILE) -> dict[str, int]:
+    """Rows of `width` as about eight tiles of BLOCK rows x CHUNK columns, so that eight loads of every thread are under
+    way; chunks are multiples of 128, which have a factor of their own in FP8."""
+    chunk = min(max(triton.next_power_of_2(width) // 8, 128), tile)
+    return {"BLOCK": tile // chunk, "CHUNK": chunk}
 
 
 @triton.jit
-def _rows(x, weight, out, stride_x, stride_w, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    token, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, D, CHUNK):
-        d = start + tl.arange(0, CHUNK)
-        at = weight + m.to(tl.int64)[:, None] * stride_w + d[None, :]
-        w = tl.load(at, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        total += tl.sum(w * row[None, :], 1)
-    tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
+def fetch(rows, inside, width, WIDEST: tl.constexpr, CHUNK: tl.constexpr):
+    """The first `width` numbers at pointers `rows` [R], where `inside`, as tiles [R, CHUNK]."""
+    tiles = ()
+    for first in tl.static_range(0, WIDEST, CHUNK):
+        d = first + tl.arange(0, CHUNK)
+        tiles += (tl.load(rows[:, None] + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0),)
+    return tiles
 
 
-def linear(x: Tensor, weight: Tensor, *, block: int = 4, chunk: int = 1024, num_warps: int = 4) -> Tensor:
-    """x [N, d], weight [M, d], rows contiguous -> x W^T [N, M] in x's dtype."""
+@triton.jit
+def fetch_vector(x, width, first, R: tl.constexpr, CHUNK: tl.constexpr):
+    """CHUNK numbers of x from `first` on, below `width`, for R rows at once: as tiles lie in the threads, float32."""
+    d = first + tl.arange(0, CHUNK)
+    inside = tl.broadcast_to((d < width)[None, :], R, CHUNK)
+    return tl.load(tl.broadcast_to((x + d)[None, :], R, CHUNK), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def times(tiles, x, width, WIDEST: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr):
+    """Fetched rows times the vector at x -> [R] float32."""
+    total = tl.zeros([R, CHUNK], tl.float32)
+    for first in tl.static_range(0, WIDEST, CHUNK):
+        total += tiles[first // CHUNK].to(tl.float32) * fetch_vector(x, width, first, R, CHUNK)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _rows(
+    x, weight, out, stride_x, stride_w, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    chain.begin(CHAINED)
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tiles = fetch(weight + m.to(tl.int64) * stride_w, m < M, D, D, CHUNK)
+    chain.wait(CHAINED)
+    for token in range(N):
+        total = times(tiles, x + token * stride_x, D, D, BLOCK, CHUNK)
+        tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
+
+
+def linear(x: Tensor, weight: Tensor, *, tiles: dict[str, int] | None = None, num_warps: int = 4) -> Tensor:
+    """x [N, D], weight [M, D], rows contiguous -> x W^T [N, M] in x's dtype."""
     if len(x) > FEW:
         return F.linear(x, weight)
     (n, d), m = x.shape, len(weight)
@@ -37,8 +80,9 @@ def linear(x: Tensor, weight: Tensor, *, block: int = 4, chunk: int = 1024, num_
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must share d and have contiguous rows")
     out = torch.empty(n, m, dtype=x.dtype, device=x.device)
     if n:
-        _rows[n, triton.cdiv(m, block)](
-            x, weight, out, x.stride(0), weight.stride(0), m, D=d, BLOCK=block,
-            CHUNK=min(chunk, triton.next_power_of_2(d)), num_warps=num_warps,  # pyright: ignore
+        tiles = tiles or tiles_of(d)
+        _rows[(triton.cdiv(m, tiles["BLOCK"]),)](
+            x, weight, out, x.stride(0), weight.stride(0), n, m, D=d, **tiles, num_warps=num_warps,  # pyright: ignore
+            **chain.options(x),
         )  # fmt: skip
     return out

@@ -1,12 +1,17 @@
 """What lies between the projections and attention, in one launch per layer.
 
 Program (n, 0) normalises the compressed vector of token n in float32, turns its rotary key, and writes both to the
-token's slot in the cache's format; program (n, 1 + i) turns the rotary queries of a block of heads. Roundings are those
-of the plain model: to the compute dtype after the norm and after the turn, then to the format. Bytes per token: R + P +
-H P elements in, the cache row and H P out; memory-bound, and bound by the launch where N is small.
+token's slot in the cache's format; the next programs of a token turn the rotary queries of a block of heads each. Where
+few tokens decode, further programs multiply one head's query by some columns of W^UK, which they have fetched before
+the queries are there (chain.py); for more the library's product does that. Roundings are those of the plain model: to
+the compute dtype after the norm, after the turn and after the product, then to the format. Bytes per token: R + P +
+H (D + P) elements in, the cache row and H (R + P) out, and the H D R of W^UK; memory-bound, and bound by the launch
+where N is small.
 
 Letters: N tokens, H heads, R latent width, P rotary width, D qk_nope, G scales per row.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain
+from benthic.kernels.gemv import FEW
 from benthic.kernels.latent import Latents, group_of
 
 
@@ -53,18 +60,38 @@ def _write_row(c, slot, codes, scales, FORMAT: tl.constexpr, R: tl.constexpr, GR
 
 
 @triton.jit
-def _store(
-    kv_a, weight, eps, q, cos, sin, slots, codes, scales, k_rope, q_rope, dense_c, dense_rope,
-    stride_kv, stride_q, stride_head,
-    FORMAT: tl.constexpr, DENSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_H: tl.constexpr,
+def _absorb(
+    q, w_uk, q_latent, part, stride_head, stride_w, stride_out,
+    R: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    """One token's query [D] of one head times some columns of W^UK [D, R]."""
+    head, column = part // (R // BLOCK_R), part % (R // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, D)
+    w = tl.load(w_uk + head.to(tl.int64) * stride_w + d[:, None] * R + column[None, :])
+    chain.wait(CHAINED)
+    query = tl.load(q + head * stride_head + d).to(tl.float32)
+    product = tl.sum(w.to(tl.float32) * query[:, None], 0)
+    tl.store(q_latent + head.to(tl.int64) * stride_out + column, product.to(q_latent.dtype.element_ty))
+
+
+@triton.jit
+def _store(
+    kv_a, weight, eps, q, cos, sin, slots, w_uk, codes, scales, k_rope, q_rope, q_latent, dense_c, dense_rope,
+    stride_kv, stride_q, stride_head, stride_w, stride_out,
+    FORMAT: tl.constexpr, DENSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    chain.begin(CHAINED)
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = kv_a.dtype.element_ty
+    if block > tl.cdiv(H, BLOCK_H):
+        part = block - tl.cdiv(H, BLOCK_H) - 1
+        _absorb(q + n * stride_q, w_uk, q_latent + n * R, part, stride_head, stride_w, stride_out, R, D, BLOCK_R, CHAINED)
+        return
     half, whole = tl.arange(0, P // 2), tl.arange(0, P)
-    cos_n, sin_n = tl.load(cos + n * (P // 2) + half), tl.load(sin + n * (P // 2) + half)
+    cos_n, sin_n, slot = tl.load(cos + n * (P // 2) + half), tl.load(sin + n * (P // 2) + half), tl.load(slots + n)
+    chain.wait(CHAINED)
     if block == 0:
-        slot = tl.load(slots + n)
         latent = tl.arange(0, R)
         x = tl.load(kv_a + n * stride_kv + latent).to(tl.float32)
         c = (x * tl.rsqrt(tl.sum(x * x, 0) / R + eps) * tl.load(weight + latent).to(tl.float32)).to(dtype)
@@ -84,44 +111,60 @@ def _store(
         tl.store(q_rope + (n * H + heads[:, None]) * P + whole[None, :], turned.to(dtype), mask=inside)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Turned rotary queries [N, H, P]; queries with W^UK absorbed [H, decoding, R]; and where there is a prompt, normed
+    c_kv [N, R] and turned k_rope [N, P], unquantised."""
+
+    q_rope: Tensor
+    q_latent: Tensor
+    dense: tuple[Tensor, Tensor] | None
+
+
 def store(
     kv_a: Tensor, weight: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents,
-    *, dense: bool, block_h: int = 8, num_warps: int = 2,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
-    """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) -> turned rotary queries [N, H, P].
+    w_uk: Tensor, decoding: int, *, block_h: int = 8, block_r: int = 64, num_warps: int = 4,
+) -> Stored:  # fmt: skip
+    """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) and make the queries of attention; the first
+    `decoding` tokens decode, the others belong to prompts.
 
     kv_a [N, R+P] and q [N, H, D+P] in the compute dtype, rows any distance apart; weight [R] of the norm; cos, sin
-    [N, P/2] float32. With `dense`, also the normed c_kv [N, R] and turned k_rope [N, P], unquantised, for prefill.
+    [N, P/2] float32; w_uk [H, D, R], heads any distance apart.
     """
     n, h, width = q.shape
     r, p = latents.width, latents.k_rope.shape[1]
-    _check(kv_a, weight, q, cos, sin, slots, latents)
-    q_rope = q.new_empty(n, h, p)
-    rows = (kv_a.new_empty(n, r), kv_a.new_empty(n, p)) if dense else None
+    _check(kv_a, weight, q, cos, sin, slots, w_uk, latents)
+    q_rope, q_latent = q.new_empty(n, h, p), q.new_empty(h, decoding, r)
+    dense = (kv_a.new_empty(n, r), kv_a.new_empty(n, p)) if decoding < n else None
     if n == 0:
-        return q_rope, rows
-    heads = min(block_h, triton.next_power_of_2(h))
-    unused = q_rope
-    _store[(n, 1 + triton.cdiv(h, heads))](
-        kv_a, weight, eps, q, cos, sin, slots, latents.c_kv,
-        unused if latents.scales is None else latents.scales, latents.k_rope, q_rope, *(rows or (unused, unused)),
-        kv_a.stride(0), q.stride(0), q.stride(1), FORMAT=latents.format, DENSE=dense, H=h, R=r, P=p, D=width - p,
-        GROUP=group_of(latents.format, r), BLOCK_H=heads,
-        num_warps=num_warps,  # pyright: ignore[reportCallIssue]
+        return Stored(q_rope=q_rope, q_latent=q_latent, dense=dense)
+    heads, columns = min(block_h, triton.next_power_of_2(h)), min(block_r, r)
+    few, unused = decoding == n <= FEW, q_rope
+    _store[(n, 1 + triton.cdiv(h, heads) + (h * r // columns if few else 0))](
+        kv_a, weight, eps, q, cos, sin, slots, w_uk, latents.c_kv,
+        unused if latents.scales is None else latents.scales, latents.k_rope, q_rope, q_latent,
+        *(dense or (unused, unused)), kv_a.stride(0), q.stride(0), q.stride(1), w_uk.stride(0), q_latent.stride(0),
+        FORMAT=latents.format, DENSE=dense is not None, H=h, R=r, P=p, D=width - p,
+        GROUP=group_of(latents.format, r), BLOCK_H=heads, BLOCK_R=columns,
+        num_warps=num_warps, **chain.options(q),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
-    return q_rope, rows
+    if decoding and not few:
+        torch.bmm(q[:decoding, :, :-p].transpose(0, 1), w_uk, out=q_latent)
+    return Stored(q_rope=q_rope, q_latent=q_latent, dense=dense)
 
 
 def store_ref(
     kv_a: Tensor, weight: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents,
-    *, dense: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    w_uk: Tensor, decoding: int,
+) -> Stored:  # fmt: skip
     """`store` in plain torch."""
     r, p = latents.width, latents.k_rope.shape[1]
     c_kv = F.rms_norm(kv_a[:, :r].float(), (r,), weight.float(), eps).to(kv_a.dtype)
     k_rope = _rotate(kv_a[:, r:], cos, sin)
     latents.write(slots, c_kv, k_rope)
-    return _rotate(q[..., -p:], cos.unsqueeze(1), sin.unsqueeze(1)), (c_kv, k_rope) if dense else None
+    q_rope = _rotate(q[..., -p:], cos.unsqueeze(1), sin.unsqueeze(1))
+    q_latent = torch.einsum("nhd,hdr->hnr", q[:decoding, :, :-p].float(), w_uk.float()).to(q.dtype)
+    return Stored(q_rope=q_rope, q_latent=q_latent, dense=(c_kv, k_rope) if decoding < len(q) else None)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,8 +172,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-def _check(kv_a: Tensor, weight: Tensor, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents) -> None:
-    (n, _, width), r, p = q.shape, latents.width, latents.k_rope.shape[1]
+def _check(
+    kv_a: Tensor, weight: Tensor, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, w_uk: Tensor,
+    latents: Latents,
+) -> None:  # fmt: skip
+    (n, h, width), r, p = q.shape, latents.width, latents.k_rope.shape[1]
     shapes = {"kv_a": (n, r + p), "weight": (r,), "cos": (n, p // 2), "sin": (n, p // 2), "slots": (n,)}
     for name, tensor in [("kv_a", kv_a), ("weight", weight), ("cos", cos), ("sin", sin), ("slots", slots)]:
         if tuple(tensor.shape) != shapes[name]:
@@ -141,5 +187,7 @@ def _check(kv_a: Tensor, weight: Tensor, q: Tensor, cos: Tensor, sin: Tensor, sl
         raise ValueError(f"q has shape {tuple(q.shape)} and strides {q.stride()} -> heads of {p} or more, contiguous")
     if {kv_a.dtype, q.dtype} != {latents.k_rope.dtype}:
         raise ValueError(f"kv_a is {kv_a.dtype}, q {q.dtype}, k_rope {latents.k_rope.dtype} -> use one dtype")
+    if w_uk.shape != (h, width - p, r) or w_uk.stride()[1:] != (r, 1) or w_uk.dtype != q.dtype:
+        raise ValueError(f"w_uk {tuple(w_uk.shape)} {w_uk.dtype} -> {(h, width - p, r)} like q, each head contiguous")
     if (cos.dtype, sin.dtype, slots.dtype) != (torch.float32, torch.float32, torch.int64):
         raise ValueError(f"cos {cos.dtype}, sin {sin.dtype}, slots {slots.dtype} -> use float32, float32, int64")

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain, mla_stretch
 from benthic.kernels.latent import Latents, group_of
 
 LOG2E = 1.4426950408889634
@@ -165,8 +166,9 @@ def _attend(
     log2_scale, stride_qh, stride_qn, stride_oh, stride_on, width,
     FORMAT: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, SWAP: tl.constexpr,
+    PARTS: tl.constexpr, SWAP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
     TOKENS: tl.constexpr = 0 if SWAP else 1  # axis of the scores
     compute: tl.constexpr = k_rope.dtype.element_ty
     dtype: tl.constexpr = compute if FORMAT == "auto" or compute == tl.float32 else tl.float16
@@ -178,6 +180,9 @@ def _attend(
     real = pair < Q * H
     n, head = (row * Q + pair // H).to(tl.int64), pair % H
     part = (split * tl.num_programs(2) * Q).to(tl.int64) * H + n * H + head  # [splits, N, H]
+    pages = table + row.to(tl.int64) * width
+    page = tl.load(pages + first // PAGE, mask=first < last, other=0)
+    chain.wait(CHAINED)
     if (SPLITS > 1) & (first >= last):
         tl.store(lse + part, float("-inf"), mask=real)
         return
@@ -192,8 +197,6 @@ def _attend(
     q_r = tl.load(q_rope + (n * H + head)[:, None] * P + rope[None, :], mask=real[:, None], other=0.0)
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
-    pages = table + row.to(tl.int64) * width
-    page = tl.load(pages + first // PAGE, mask=first < last, other=0)
     for start in range(first, last, BLOCK_N):
         slot, position = page.to(tl.int64) * PAGE + start % PAGE + token, start + token
         # the next tile's page is read a tile ahead, so that no load waits for its own address
@@ -224,8 +227,11 @@ def _attend(
 def _combine(
     stretches, lse, out, pairs, stride_oh, stride_on,
     H: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One pair's stretches [SPLITS, R], weighed by 2^(LSE - max). Stretches without a token are not read."""
+    chain.begin(CHAINED)
+    chain.wait(CHAINED)
     pair, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.arange(0, BLOCK_S)
     rows = split.to(tl.int64) * pairs + pair
@@ -258,6 +264,54 @@ def choose_tiles(latents: Latents, rows: int, pairs: int, page_size: int, longes
     )  # fmt: skip
 
 
+def stretches(
+    q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor,
+    *, page_size: int, scale: float, tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`mla_decode` before it is combined: of every stretch of a context its output, and the LSE it has to be weighed by.
+
+    (float32 [S, N, H, R], [S, N, H]); with one stretch (the result [H, N, R] itself, None).
+    """
+    (h, n, r), p = q_latent.shape, latents.k_rope.shape[1]
+    _check(q_latent, q_rope, latents, table, context, page_size)
+    if n == 0:
+        return q_latent.new_empty(h, n, r), None
+    b, w = table.shape
+    q = n // b
+    if tiles is None and mla_stretch.fits(latents, b, q * h, page_size, w * page_size):
+        return mla_stretch.stretches(q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale)
+    tiles = tiles or choose_tiles(latents, b, q * h, page_size, w * page_size)
+    block_n, group = min(tiles.block_n, page_size), group_of(latents.format, r)
+    split, device = tiles.splits > 1, q_latent.device
+    lse = torch.empty(tiles.splits, n, h, dtype=torch.float32, device=device) if split else None
+    out = torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=device) if split else q_latent.new_empty(h, n, r)
+    scales = out if latents.scales is None else latents.scales
+    parts = tiles.parts if latents.format == "auto" else 4
+    codes = latents.c_kv if latents.format == "auto" else latents.c_kv.view(torch.int32)
+    _attend[(triton.cdiv(q * h, tiles.block_m), tiles.splits, b)](
+        q_latent, q_rope, codes, scales, latents.k_rope, table, context, out, out if lse is None else lse,
+        scale * LOG2E, q_latent.stride(0), q_latent.stride(1), out.stride(0), out.stride(1), w,
+        FORMAT=latents.format, Q=q, H=h, R=r, P=p, GROUP=group, PAGE=page_size, SPLITS=tiles.splits,
+        BLOCK_M=tiles.block_m, BLOCK_N=block_n, PARTS=parts, SWAP=tiles.swap,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
+        **chain.options(q_rope),
+    )  # fmt: skip
+    return out, lse
+
+
+def combine(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stretches [S, N, H, R], each with its LSE [S, N, H], as one: [H, N, R] in `dtype`."""
+    splits, n, h, r = parts.shape
+    out = torch.empty(h, n, r, dtype=dtype, device=parts.device)
+    width = min(r, 128)
+    _combine[(n * h, r // width)](
+        parts, lse, out, n * h, out.stride(0), out.stride(1), H=h, R=r, SPLITS=splits,
+        BLOCK_S=triton.next_power_of_2(splits), BLOCK_R=width,
+        num_warps=1, **chain.options(parts[0]),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out
+
+
 def mla_decode(
     q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor,
     *, page_size: int, scale: float, tiles: Tiles | None = None,
@@ -268,36 +322,10 @@ def mla_decode(
     row with its own N / B new ones, which see each other causally; 0 is a row of padding, whose output is 0. No slot
     past a context is read. `tiles` None: chosen from the shapes.
     """
-    (h, n, r), p = q_latent.shape, latents.k_rope.shape[1]
-    _check(q_latent, q_rope, latents, table, context, page_size)
-    out = torch.empty(h, n, r, dtype=q_latent.dtype, device=q_latent.device)
-    if n == 0:
-        return out
-    b, w = table.shape
-    q = n // b
-    tiles = tiles or choose_tiles(latents, b, q * h, page_size, w * page_size)
-    block_n, group = min(tiles.block_n, page_size), group_of(latents.format, r)
-    split = tiles.splits > 1
-    stretches = torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=out.device) if split else out
-    lse = torch.empty(tiles.splits, n, h, dtype=torch.float32, device=out.device) if split else out
-    scales = out if latents.scales is None else latents.scales
-    parts = tiles.parts if latents.format == "auto" else 4
-    codes = latents.c_kv if latents.format == "auto" else latents.c_kv.view(torch.int32)
-    _attend[(triton.cdiv(q * h, tiles.block_m), tiles.splits, b)](
-        q_latent, q_rope, codes, scales, latents.k_rope, table, context, stretches, lse, scale * LOG2E,
-        q_latent.stride(0), q_latent.stride(1), out.stride(0), out.stride(1), w,
-        FORMAT=latents.format, Q=q, H=h, R=r, P=p, GROUP=group, PAGE=page_size, SPLITS=tiles.splits,
-        BLOCK_M=tiles.block_m, BLOCK_N=block_n, PARTS=parts, SWAP=tiles.swap,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    if split:
-        width = min(r, 128)
-        _combine[(n * h, r // width)](
-            stretches, lse, out, n * h, out.stride(0), out.stride(1), H=h, R=r, SPLITS=tiles.splits,
-            BLOCK_S=triton.next_power_of_2(tiles.splits), BLOCK_R=width,
-            num_warps=1,  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
-    return out
+    parts, lse = stretches(
+        q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale, tiles=tiles
+    )
+    return parts if lse is None else combine(parts, lse, q_latent.dtype)
 
 
 def mla_decode_ref(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain
 from benthic.kernels.moe_fp8 import Fp8Tiles
 from benthic.kernels.moe_rows import Rows
 from benthic.kernels.moe_sorted import Sorted
@@ -31,10 +32,14 @@ Way = Rows | Tiles | Fp8Tiles | Sorted
 def _combine(
     y, place, shared, topk_weights, residual, norm_weight, out, normed, eps, stride_r, D: tl.constexpr,
     K: tl.constexpr, SHARED: tl.constexpr, PLACED: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = d < D
+    if NORM:
+        by = tl.load(norm_weight + d, mask=inside, other=0.0).to(tl.float32)
+    chain.wait(CHAINED)
     dtype: tl.constexpr = y.dtype.element_ty
     slots: tl.constexpr = K + SHARED
     total = tl.zeros([BLOCK], tl.float32)
@@ -53,8 +58,7 @@ def _combine(
     if NORM:
         value = rounded.to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-        weight = tl.load(norm_weight + d, mask=inside, other=0.0).to(tl.float32)
-        tl.store(normed + token * D + d, (value * scale * weight).to(dtype), mask=inside)
+        tl.store(normed + token * D + d, (value * scale * by).to(dtype), mask=inside)
 
 
 def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
@@ -64,9 +68,9 @@ def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
     and few experts have many pairs, which only the device knows. Measured on an H200 with V2-Lite's shape."""
     pairs, fp8 = n * k / e, dtype == torch.float8_e4m3fn
     if dtype == torch.float32:  # twice the bytes per tile; only models too small to care compute in it
-        return Rows(up_chunk=512, down_chunk=512) if n <= 4 else Tiles(up_k=64, down_k=64, num_stages=3)
+        return Rows() if n <= 4 else Tiles(up_k=64, down_k=64, num_stages=3)
     if n <= 4:
-        return Rows(up_block=8, up_chunk=2048, down_block=8) if fp8 else Rows()
+        return Rows(tile=2048) if fp8 else Rows()
     if fp8:
         return _choose_fp8(pairs)
     if pairs <= 4:
@@ -114,7 +118,8 @@ def _experts_and_sum(
         x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps,
         0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
         PLACED=place is not None, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),  # pyright: ignore[reportCallIssue]
+        num_warps=min(max(block // (512 if n > 16 else 128), 1), 16),  # pyright: ignore[reportCallIssue]
+        **chain.options(x),
     )  # fmt: skip
     return normed, out
 

@@ -1,9 +1,9 @@
 """The router: which experts each token visits and with what weight (V2 Eq 20-22, V3 Eq 13-16), in two launches.
 
-First the logits, in float32 and never through a shortened mantissa, because two experts that nearly tie must fall as
+First the residual addition, the norm, and of it the logits, in float32 and never through a shortened mantissa, because two experts that nearly tie must fall as
 they fall in the model. Few tokens: a program per token and few experts, so that the gate's weight (256 KB for 64
-experts, 3.7 MB for V3's 256) is read by many programs at once, each logit by one of them. Many: tiles of tokens by
-experts on the tensor cores, whose products of 16-bit numbers are exact and are summed in float32; wider inputs are
+experts, 3.7 MB for V3's 256) is read by many programs at once, each of which norms the token for itself rather than
+wait for another kernel. Many: the norm's own kernel, then tiles of tokens by experts on the tensor cores, whose products of 16-bit numbers are exact and are summed in float32; wider inputs are
 multiplied in full float32. Both sum in an order that is fixed by the block sizes alone. Then the choice, a
 program per token: affinity, bias, groups, the K best one after the other, weights. The lowest index wins a tie (torch
 leaves ties open), and ids are always of experts that exist, even where scores are NaN; the weights then are NaN too.
@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain, norm
+from benthic.kernels.gemv import fetch, fetch_vector
+
 Scoring = Literal["sigmoid", "softmax"]
 Method = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 
@@ -30,7 +33,7 @@ class Tiles:
 
     rows_max: int = 16  # up to so many tokens a program per token, from there on tiles
     rows_experts: int = 2
-    rows_block: int = 2048  # all of a row of V2-Lite in flight at once
+    rows_block: int = 512
     tile_tokens: int = 16  # small, so that a few hundred tokens occupy the chip
     tile_experts: int = 32
     tile_block: int = 128
@@ -40,25 +43,41 @@ class Tiles:
 
 @triton.jit
 def _logits_of_rows(
-    x, weight, logits, stride_x, D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, residual, norm_weight, weight, normed, total, logits, eps, stride_x, stride_r,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_E], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        mask = (expert < E)[:, None] & (d < D)[None, :]
-        w = tl.load(weight + expert[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(w * row[None, :], 1)
-    tl.store(logits + token * E + expert, total, mask=expert < E)
+    """Every program adds and norms its token's row for itself; the first of a token writes it."""
+    chain.begin(CHAINED)
+    dtype: tl.constexpr = total.dtype.element_ty
+    token, expert = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    tiles, factors = fetch(weight + expert * D, expert < E, D, D, BLOCK_D), ()
+    for first in tl.static_range(0, D, BLOCK_D):
+        factors += (fetch_vector(norm_weight, D, first, BLOCK_E, BLOCK_D),)
+    chain.wait(CHAINED)
+    sums, square, product = (), tl.zeros([BLOCK_E, BLOCK_D], tl.float32), tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for first in tl.static_range(0, D, BLOCK_D):
+        value = fetch_vector(x + token * stride_x, D, first, BLOCK_E, BLOCK_D)
+        value += fetch_vector(residual + token * stride_r, D, first, BLOCK_E, BLOCK_D)
+        sums += (value.to(dtype),)
+        square += sums[first // BLOCK_D].to(tl.float32) * sums[first // BLOCK_D].to(tl.float32)
+    scale = tl.rsqrt(tl.sum(square, 1) / D + eps)
+    for first in tl.static_range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        row = (sums[first // BLOCK_D].to(tl.float32) * scale[:, None] * factors[first // BLOCK_D]).to(dtype)
+        product += tiles[first // BLOCK_D].to(tl.float32) * row.to(tl.float32)
+        at, mine = token * D + tl.broadcast_to(d[None, :], row.shape), ((expert == 0)[:, None]) & (d < D)[None, :]
+        tl.store(total + at, sums[first // BLOCK_D], mask=mine)
+        tl.store(normed + at, row, mask=mine)
+    tl.store(logits + token * E + expert, tl.sum(product, 1), mask=expert < E)
 
 
 @triton.jit
 def _logits_of_tiles(
     x, weight, logits, stride_x, n_tokens, D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
+    chain.wait(CHAINED)
     token = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -106,8 +125,10 @@ def _without_losing_groups(
 def _choose(
     logits, bias, topk_ids, topk_weights, scaling, E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     SOFTMAX: tl.constexpr, BIASED: tl.constexpr, NORMALISED: tl.constexpr, PAD_G: tl.constexpr, PAD_S: tl.constexpr,
-    PAD_K: tl.constexpr,
+    PAD_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    chain.begin(CHAINED)
+    chain.wait(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, PAD_G)[:, None], tl.arange(0, PAD_S)[None, :]
     index = group * (E // G) + member  # [G, E/G], both padded to powers of two
@@ -137,33 +158,48 @@ def _choose(
     tl.store(topk_weights + token * K + slot, weights * scaling, mask=slot < K)
 
 
-def route(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, num_experts_per_tok: int, scoring_func: Scoring,
-    topk_method: Method, n_group: int, topk_group: int, norm_topk_prob: bool, routed_scaling_factor: float,
-    tiles: Tiles | None = None,
+def add_norm_logits(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x and residual [N, d] -> (norm of their sum [N, d], the sum [N, d], float32 logits of the norm [N, E])."""
+    (n, d), e, t = x.shape, weight.shape[0], tiles or Tiles()
+    if weight.shape[1] != d or x.stride(1) != 1 or not weight.is_contiguous():
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must share d and have contiguous rows")
+    logits = torch.empty(n, e, dtype=torch.float32, device=x.device)
+    if n > t.rows_max:
+        normed, total = norm.add_rms_norm(x, residual, norm_weight, eps)
+        tokens = t.tile_tokens if n <= 1024 else 4 * t.tile_tokens
+        _logits_of_tiles[triton.cdiv(n, tokens), triton.cdiv(e, t.tile_experts)](
+            normed, weight, logits, normed.stride(0), n, D=d, E=e, BLOCK_N=tokens, BLOCK_E=t.tile_experts,
+            BLOCK_D=t.tile_block, num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore
+            **chain.options(x),
+        )  # fmt: skip
+        return normed, total, logits
+    norm.check(x, residual, norm_weight)
+    normed, total = (torch.empty(n, d, dtype=x.dtype, device=x.device) for _ in range(2))
+    if n:
+        _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
+            x, residual, norm_weight, weight, normed, total, logits, eps, x.stride(0), residual.stride(0),
+            D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)),
+            num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+    return normed, total, logits
+
+
+def choose(
+    logits: Tensor, bias: Tensor | None, *, num_experts_per_tok: int, scoring_func: Scoring, topk_method: Method,
+    n_group: int, topk_group: int, norm_topk_prob: bool, routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x [N, d], weight [E, d], bias [E] float32 for `noaux_tc`, else None -> (ids int32, weights float32), [N, K] each.
+    """float32 logits [N, E], bias [E] float32 for `noaux_tc`, else None -> (ids int32, weights float32), [N, K] each.
 
     The other arguments are the model's config of the same names.
     """
-    (n, d), e, t = x.shape, weight.shape[0], tiles or Tiles()
-    _check(x, weight, bias, num_experts_per_tok, topk_method, n_group, topk_group)
-    logits = torch.empty(n, e, dtype=torch.float32, device=x.device)
-    topk_ids = torch.empty(n, num_experts_per_tok, dtype=torch.int32, device=x.device)
-    topk_weights = torch.empty(n, num_experts_per_tok, dtype=torch.float32, device=x.device)
+    n, e = logits.shape
+    _check(e, bias, num_experts_per_tok, topk_method, n_group, topk_group)
+    topk_ids = torch.empty(n, num_experts_per_tok, dtype=torch.int32, device=logits.device)
+    topk_weights = torch.empty(n, num_experts_per_tok, dtype=torch.float32, device=logits.device)
     if n == 0:
         return topk_ids, topk_weights
-    if n <= t.rows_max:
-        _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
-            x, weight, logits, x.stride(0), D=d, E=e, BLOCK_E=t.rows_experts,
-            BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)), num_warps=t.num_warps,  # pyright: ignore
-        )  # fmt: skip
-    else:
-        tokens = t.tile_tokens if n <= 1024 else 4 * t.tile_tokens
-        _logits_of_tiles[triton.cdiv(n, tokens), triton.cdiv(e, t.tile_experts)](
-            x, weight, logits, x.stride(0), n, D=d, E=e, BLOCK_N=tokens, BLOCK_E=t.tile_experts,
-            BLOCK_D=t.tile_block, num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore
-        )  # fmt: skip
     groups = 1 if topk_method == "greedy" else n_group
     _choose[(n,)](
         logits, logits if bias is None else bias, topk_ids, topk_weights, routed_scaling_factor,
@@ -171,14 +207,13 @@ def route(
         BIASED=bias is not None, NORMALISED=norm_topk_prob, PAD_G=triton.next_power_of_2(groups),
         PAD_S=triton.next_power_of_2(e // groups), PAD_K=triton.next_power_of_2(num_experts_per_tok),
         num_warps=1,  # pyright: ignore[reportCallIssue]  a few values per lane: reductions stay inside one warp
+        **chain.options(logits),
     )  # fmt: skip
     return topk_ids, topk_weights
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, method: Method, n_group: int, m: int) -> None:
-    (e, d), biased = weight.shape, method == "noaux_tc"
-    if x.shape[1] != d or x.stride(1) != 1 or not weight.is_contiguous():
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must share d and have contiguous rows")
+def _check(e: int, bias: Tensor | None, k: int, method: Method, n_group: int, m: int) -> None:
+    biased = method == "noaux_tc"
     if biased != (bias is not None) or (
         bias is not None and (bias.shape != (e,) or bias.dtype != torch.float32 or not bias.is_contiguous())
     ):
@@ -188,12 +223,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, method: Metho
         raise ValueError(f"{k} of {e} experts from {kept} of {groups} groups cannot be chosen")
 
 
-def route_ref(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, num_experts_per_tok: int, scoring_func: Scoring,
-    topk_method: Method, n_group: int, topk_group: int, norm_topk_prob: bool, routed_scaling_factor: float,
+def add_norm_logits_ref(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain torch."""
+    normed, total = norm.add_rms_norm_ref(x, residual, norm_weight, eps)
+    return normed, total, normed.float() @ weight.float().T
+
+
+def choose_ref(
+    logits: Tensor, bias: Tensor | None, *, num_experts_per_tok: int, scoring_func: Scoring, topk_method: Method,
+    n_group: int, topk_group: int, norm_topk_prob: bool, routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same in plain torch."""
-    logits = x.float() @ weight.float().T
     affinity = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(-1)  # [N, E]
     score = affinity if bias is None else affinity + bias
     if topk_method != "greedy":

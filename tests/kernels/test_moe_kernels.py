@@ -19,7 +19,7 @@ from benthic.model.linear import RMSNorm
 from benthic.model.moe import MoE
 from benthic.parallel.dispatch import LocalDispatcher
 
-ROWS = Rows(up_block=32, up_chunk=256, down_block=64, down_chunk=256)
+ROWS = Rows(tile=8192)
 TILES = Tiles(block_m=16, up_n=32, up_k=64, down_n=64, down_k=64)
 TALL = replace(TILES, shared_m=64, shared_up_n=16, shared_down_n=32)  # two heights of the shared experts in one launch
 FP8 = Fp8Tiles(block_m=16)

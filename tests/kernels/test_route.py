@@ -6,10 +6,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
-from benthic.kernels.route import Tiles, route, route_ref
+from benthic.kernels.norm import add_rms_norm_ref
+from benthic.kernels.route import Tiles, add_norm_logits, add_norm_logits_ref, choose, choose_ref
 from benthic.model.config import ModelConfig
 from benthic.model.gate import Gate
 
+EPS = 0.0
 ROWS, TILES = Tiles(rows_block=32), Tiles(rows_max=0, tile_experts=16, tile_block=32)
 PUBLISHED = {  # scaled down: family member -> experts, groups, kept groups, K, method, scoring, normalised
     "V2-Lite": (16, 1, 1, 6, "greedy", "softmax", False),
@@ -39,11 +41,23 @@ def gate_of(member: str, d: int, device: str, seed: int = 0) -> Gate:
     return gate
 
 
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, *, tiles: Tiles | None = None, **config) -> tuple[Tensor, Tensor]:
+    """The two launches behind each other, for rows whose norm is the row itself."""
+    ones = torch.ones(x.shape[1], device=x.device, dtype=x.dtype)
+    return choose(add_norm_logits(x, torch.zeros_like(x), ones, EPS, weight, tiles=tiles)[2], bias, **config)
+
+
+def route_ref(x: Tensor, weight: Tensor, bias: Tensor | None, **config) -> tuple[Tensor, Tensor]:
+    return choose_ref(x.float() @ weight.float().T, bias, **config)
+
+
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter cannot multiply bfloat16
 
 
 def tokens(n: int, d: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 9) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    """Signs: rows whose norm is the row itself, so that nothing is rounded before the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(n, d, generator=generator) < 0.5, -1.0, 1.0).to(device, dtype)
 
 
 def margin(gate: Gate, x: Tensor) -> Tensor:
@@ -82,6 +96,20 @@ def test_the_choice_is_the_models_wherever_it_is_not_a_near_tie(
     ref_ids, ref_weights = route_ref(x, gate.weight.detach(), gate.e_score_correction_bias, **options(gate.config))
     assert torch.equal(ref_ids[clear].long(), expected.topk_ids[clear])
     torch.testing.assert_close(ref_weights[clear], expected.weights[clear], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("tiles", [ROWS, TILES], ids=["rows", "tiles"])
+def test_sum_norm_and_logits_are_those_of_plain_torch(tiles: Tiles, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randn(4, 5, 90, generator=generator).to(device, dtype)
+    x, residual, norm_weight, weight = wide[0, :, :72], wide[1, :, 9:81], wide[2, 0, :72], wide[3, :, :72].contiguous()
+    found = add_norm_logits(x, residual, norm_weight, 1e-6, weight, tiles=tiles)
+    plain = add_norm_logits_ref(x, residual, norm_weight, 1e-6, weight)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    for mine, theirs in zip(found, plain):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=10 * tolerance)
+    assert torch.equal(found[1], add_rms_norm_ref(x, residual, norm_weight, 1e-6)[1])
 
 
 @pytest.mark.parametrize("member", ["V2-Lite", "V3"])

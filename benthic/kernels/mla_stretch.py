@@ -1,0 +1,84 @@
+"""Absorbed attention where there are processors enough for every tile of every context: one program, one tile, no loop.
+
+What `mla_decode` computes before it combines, made for the shortest way from the queries to the result. A program
+fetches its tile before the queries are there (chain.py), unless the tile holds tokens of this very step. The scores'
+sum over the width is cut into four that do not wait for each other. Bytes: as in mla_decode; bound by latency.
+
+Letters as in mla_decode.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from benthic.kernels import chain
+from benthic.kernels.latent import Latents
+
+BLOCK_N = 64  # tokens of a tile
+PROGRAMS = 264  # two on each processor of an H200: more would have to wait for each other
+
+
+@triton.jit
+def _stretch(
+    q_latent, q_rope, c_kv, k_rope, table, context, out, lse, log2_scale, stride_qh, stride_qn, width,
+    Q: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    chain.begin(CHAINED)
+    split, row, length = tl.program_id(0), tl.program_id(1), tl.load(context + tl.program_id(1))
+    first = split * BLOCK
+    page = tl.load(table + row.to(tl.int64) * width + first // PAGE, mask=first < length, other=0)
+    token, column, rope = tl.arange(0, BLOCK), tl.arange(0, R // PARTS), tl.arange(0, P)
+    slot, inside = page.to(tl.int64) * PAGE + first % PAGE + token, (first + token < length)[:, None]
+    if first + BLOCK > length - Q:
+        chain.wait(CHAINED)
+    tile = ()
+    for i in tl.static_range(PARTS):
+        at = c_kv + slot[:, None] * R + i * (R // PARTS) + column[None, :]
+        tile += (tl.load(at, mask=inside, other=0.0),)
+    k_r = tl.load(k_rope + slot[:, None] * P + rope[None, :], mask=inside, other=0.0)
+    chain.wait(CHAINED)
+
+    pair = tl.arange(0, BLOCK_M)  # query H + head
+    n, head, real = (row * Q + pair // H).to(tl.int64), pair % H, pair < Q * H
+    part = (split * tl.num_programs(1) * Q).to(tl.int64) * H + n * H + head  # [splits, N, H]
+    q_r = tl.load(q_rope + (n * H + head)[:, None] * P + rope[None, :], mask=real[:, None], other=0.0)
+    s = tl.dot(q_r, tl.trans(k_r), input_precision="ieee")
+    for i in tl.static_range(PARTS):
+        at = (q_latent + head * stride_qh + n * stride_qn + i * (R // PARTS))[:, None] + column[None, :]
+        q = tl.load(at, mask=real[:, None], other=0.0)
+        s += tl.dot(q, tl.trans(tile[i]), input_precision="ieee")
+    visible = length - Q + 1 + pair // H  # positions that this pair sees
+    s = tl.where((first + token)[None, :] < visible[:, None], s * log2_scale, float("-inf"))
+    top = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(top > float("-inf"), top, 0.0)[:, None])  # nothing visible: all weights are 0, none NaN
+    total = tl.sum(p, 1)
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-38)), mask=real)
+    for i in tl.static_range(PARTS):
+        value = tl.dot(p.to(tile[i].dtype), tile[i], input_precision="ieee") * inverse[:, None]
+        tl.store(out + (part * R + i * (R // PARTS))[:, None] + column[None, :], value, mask=real[:, None])
+
+
+def fits(latents: Latents, rows: int, pairs: int, page_size: int, longest: int) -> bool:
+    """Whether `rows` of `pairs` (query, head) pairs and contexts up to `longest` tokens are so few."""
+    return latents.format == "auto" and pairs <= 32 and rows * triton.cdiv(longest, min(page_size, BLOCK_N)) <= PROGRAMS
+
+
+def stretches(
+    q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor, *, page_size: int, scale: float,
+    parts: int = 2, num_warps: int = 8,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As in mla_decode: float32 outputs [S, N, H, R] and their LSE [S, N, H], base 2, of a tile each."""
+    (h, n, r), p, (b, w), block = q_latent.shape, latents.k_rope.shape[1], table.shape, min(page_size, BLOCK_N)
+    splits = triton.cdiv(w * page_size, block)
+    out = torch.empty(splits, n, h, r, dtype=torch.float32, device=q_rope.device)
+    lse = torch.empty(splits, n, h, dtype=torch.float32, device=q_rope.device)
+    _stretch[splits, b](
+        q_latent, q_rope, latents.c_kv, latents.k_rope, table, context, out, lse, scale * 1.4426950408889634,
+        q_latent.stride(0), q_latent.stride(1), w, Q=n // b, H=h, R=r, P=p, PAGE=page_size,
+        BLOCK_M=max(16, triton.next_power_of_2(n // b * h)), BLOCK=block, PARTS=parts,
+        num_warps=num_warps, **chain.options(q_rope),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out, lse
