@@ -32,12 +32,12 @@ def _e4m3(value):
 
 
 @triton.jit
-def _quantise(x, codes, factors, stride_x, D: tl.constexpr, BLOCKS: tl.constexpr):
+def _quantise(x, codes, factors, stride_x, stride_f, stride_b, D: tl.constexpr, BLOCKS: tl.constexpr):
     token, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
     d = block[:, None] * 128 + tl.arange(0, 128)[None, :]
     code, factor = _e4m3(tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32))
     tl.store(codes + token * D + d, code, mask=d < D)
-    tl.store(factors + token * tl.cdiv(D, 128) + block, factor, mask=block < tl.cdiv(D, 128))
+    tl.store(factors + token * stride_f + block * stride_b, factor, mask=block < tl.cdiv(D, 128))
 
 
 @triton.jit
@@ -157,11 +157,17 @@ class Fp8Tiles(ByExpert):
         return y
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, d], rows contiguous in themselves -> as `quantise_rows`, of the same bits, in one kernel."""
-    n, d = x.shape
-    codes = torch.empty(n, d, dtype=torch.float8_e4m3fn, device=x.device)
-    factors = torch.empty(n, triton.cdiv(d, 128), dtype=torch.float32, device=x.device)
-    blocks = triton.next_power_of_2(triton.cdiv(d, 128))
-    _quantise[(n,)](x, codes, factors, x.stride(0), D=d, BLOCKS=blocks)  # pyright: ignore[reportArgumentType]
+def quantise(x: Tensor, *, columns_first: bool = False) -> tuple[Tensor, Tensor]:
+    """x [N, d], rows contiguous in themselves -> as `quantise_rows`, of the same bits, in one kernel. `columns_first`:
+    the factors of a block of columns are neighbours, and N is filled up to a multiple of 4 with unwritten rows."""
+    (n, d), blocks = x.shape, triton.cdiv(x.shape[1], 128)
+    rows = -(-n // 4) * 4 if columns_first else n
+    shape = (blocks, rows) if columns_first else (rows, blocks)
+    codes = torch.empty(rows, d, dtype=torch.float8_e4m3fn, device=x.device)
+    factors = torch.empty(*shape, dtype=torch.float32, device=x.device)
+    factors = factors.t() if columns_first else factors
+    _quantise[(n,)](
+        x, codes, factors, x.stride(0), *factors.stride(), D=d,  # pyright: ignore[reportArgumentType]
+        BLOCKS=triton.next_power_of_2(blocks),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     return codes, factors
