@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from benthic.kernels.moe_fp8 import quantise
+from benthic.kernels.moe_rows import scaled
 from benthic.kernels.quant import BLOCK, dequantise_blocks, dequantise_rows, quantise_rows
 
 FEW = 4  # tokens up to which the weights are better read row by row
@@ -30,7 +31,7 @@ MANY = 1024  # tokens from which the library's product is faster
 
 @triton.jit
 def _rows(
-    x, weight, factors, out, stride_x, M, D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    x, weight, factors, out, stride_x, M, D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
@@ -39,8 +40,8 @@ def _rows(
         d = start + tl.arange(0, CHUNK)
         at = weight + m.to(tl.int64)[:, None] * D + d[None, :]
         w = tl.load(at, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        factor = tl.load(factors + first // 128 * tl.cdiv(D, 128) + d // 128, mask=d < D, other=0.0)
-        row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32) * factor
+        row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
+        row = scaled(row, factors, first, start, D, CHUNK, True)  # pyright: ignore[reportArgumentType]
         total += tl.sum(w * row[None, :], 1)
     tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
 
@@ -79,7 +80,7 @@ class Rows:
         out = torch.empty(n, m, dtype=x.dtype, device=x.device)
         _rows[n, triton.cdiv(m, self.block)](
             x, weight, factors, out, x.stride(0), m, D=d, BLOCK_M=self.block,  # pyright: ignore
-            CHUNK=min(self.chunk, triton.next_power_of_2(d)), num_warps=self.num_warps,  # pyright: ignore
+            CHUNK=max(BLOCK, min(self.chunk, triton.next_power_of_2(d))), num_warps=self.num_warps,  # pyright: ignore
         )  # fmt: skip
         return out
 

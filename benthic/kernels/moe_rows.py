@@ -20,11 +20,13 @@ from benthic.kernels.moe_weights import ExpertWeights, down_matrix, swiglu, up_m
 
 
 @triton.jit
-def _scaled(values, scale, row, d, width, FP8: tl.constexpr):
-    """Activations [C] of columns d, for FP8 times the factors of the blocks that a row of the weights crosses."""
+def scaled(values, factors, row, first, width, C: tl.constexpr, FP8: tl.constexpr):
+    """Activations [C] of columns from `first` on, for FP8 times the factors of the blocks that a row of the weights
+    [., width] crosses."""
     if FP8:
-        at = scale + row // 128 * tl.cdiv(width, 128) + d // 128
-        values = values * tl.load(at, mask=d < width, other=0.0)
+        block, grid = first // 128 + tl.arange(0, C // 128), tl.cdiv(width, 128)
+        factor = tl.load(factors + row // 128 * grid + block, mask=block < grid, other=0.0)
+        values = tl.reshape(tl.reshape(values, [C // 128, 128]) * factor[:, None], [C])
     return values
 
 
@@ -49,8 +51,12 @@ def _up(
         gates = tl.load(gate + at, mask=mask, other=0.0)
         ups = tl.load(up + at, mask=mask, other=0.0)
         values = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        gate_sum += tl.sum(gates.to(tl.float32) * _scaled(values, gate_scale, first_row + first, d, D, FP8)[None, :], 1)
-        up_sum += tl.sum(ups.to(tl.float32) * _scaled(values, up_scale, first_row + first, d, D, FP8)[None, :], 1)
+        gate_sum += tl.sum(
+            gates.to(tl.float32) * scaled(values, gate_scale, first_row + first, start, D, CHUNK, FP8)[None, :], 1
+        )
+        up_sum += tl.sum(
+            ups.to(tl.float32) * scaled(values, up_scale, first_row + first, start, D, CHUNK, FP8)[None, :], 1
+        )
     value = swiglu(gate_sum, up_sum, h.dtype.element_ty)
     tl.store(h + (token * (K + S) + slot) * I + i, value, mask=i < I)
 
@@ -74,7 +80,7 @@ def _down(
         mask = (d < D)[:, None] & (i < width)[None, :]
         w = tl.load(matrix + d[:, None] * width + i[None, :], mask=mask, other=0.0)
         pair = tl.load(h + (token * (K + S) + slot) * I + i, mask=i < width, other=0.0).to(tl.float32)
-        pair = _scaled(pair, factors, tl.program_id(2) * BLOCK, i, width, FP8)
+        pair = scaled(pair, factors, tl.program_id(2) * BLOCK, start, width, CHUNK, FP8)
         total += tl.sum(w.to(tl.float32) * pair[None, :], 1)
     tl.store(y + (token * SLOTS + slot) * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
@@ -82,7 +88,7 @@ def _down(
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Block sizes. A whole row per step leaves no loop to wait in, and small programs, several waves of them, keep
-    over 100 KB of loads in flight on every multiprocessor. FP8: rows of a program have one row of factors."""
+    over 100 KB of loads in flight on every multiprocessor. Chunks of FP8 weights must be multiples of 128."""
 
     up_block: int = 4  # rows of gate and of up
     up_chunk: int = 1024
