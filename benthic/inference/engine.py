@@ -1,7 +1,8 @@
 """The engine: requests in, tokens out, one `step()` at a time.
 
-A trainer may change the parameters in place whenever no request is unfinished, and then calls `update_weights`: latents,
-and where the engine computes in another format than the trainer's, a replica of the weights, are derived from them. Not thread-safe: one thread owns an engine.
+A trainer may change the parameters in place whenever no request is unfinished, and then calls `update_weights`: latents
+are derived from them, and so is, where the engine computes in another format than the trainer's, a replica of the
+weights. Not thread-safe: one thread owns an engine.
 """
 
 import logging

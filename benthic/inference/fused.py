@@ -2,13 +2,13 @@
 
 It reads the parameters of the model's own modules, 16 bits wide or FP8. Projections of the same input are laid into one
 storage, of which the parameters become views; the absorbed matrices are views of `kv_b_proj`. Nothing is copied, so
-whoever writes the weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it shares.
+whoever writes the weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it
+shares.
 
 Letters: N tokens (decode rows first), B decode rows of Q queries, H heads, D, P, V, R widths as in mla.py, d hidden.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F

@@ -1,11 +1,11 @@
 """The mixture of experts for inference: experts, then the weighted sum per token.
 
 The experts' products come in one of three ways, `Rows` for very few tokens, `Tiles` for more, `Sorted` for thousands;
-for FP8 weights the last two are `Fp8Tiles` and `Fp8Sorted`. What they leave is one output per token and chosen expert, rounded as the model rounds it. One small kernel, a program
-per token, then sums in the order of the slots, rounds where the model does (gate weights, routed sum, plus shared, plus
-residual), and norms the result for the next layer where that is asked for. Bytes: see the four files; the sum moves
-N (K + 2) d elements. Nothing is added atomically and nothing is synchronised with the host: results repeat bit for bit,
-and the calls may stand in a CUDA graph.
+for FP8 weights the last two are `Fp8Tiles` and `Fp8Sorted`. What they leave is one output per token and chosen expert,
+rounded as the model rounds it. One small kernel, a program per token, then sums in the order of the slots, rounds where
+the model does (gate weights, routed sum, plus shared, plus residual), and norms the result for the next layer where
+that is asked for. Bytes: see the five files; the sum moves N (K + 2) d elements. Nothing is added atomically and
+nothing is synchronised with the host: results repeat bit for bit, and the calls may stand in a CUDA graph.
 
 Letters as in moe_weights.
 """

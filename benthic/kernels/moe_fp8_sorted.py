@@ -98,9 +98,11 @@ class Fp8Sorted(ByExpert):
         )  # fmt: skip
 
     def _shared(self, x: Tensor, w: ExpertWeights) -> Tensor | None:
-        if w.shared_gate_scale is None or w.shared_up_scale is None or w.shared_down_scale is None:
+        if w.n_shared == 0:
             return None
-        assert w.shared_gate_proj is not None and w.shared_up_proj is not None and w.shared_down_proj is not None
-        gate = linear_fp8.linear(x, w.shared_gate_proj, w.shared_gate_scale)
-        up = linear_fp8.linear(x, w.shared_up_proj, w.shared_up_scale)
-        return linear_fp8.linear(silu_times_up(torch.cat((gate, up), 1)), w.shared_down_proj, w.shared_down_scale)
+        gate, up, down = (
+            (w.shared_gate_proj, w.shared_gate_scale), (w.shared_up_proj, w.shared_up_scale),
+            (w.shared_down_proj, w.shared_down_scale),
+        )  # fmt: skip
+        middle = torch.cat([linear_fp8.linear(x, *matrix) for matrix in (gate, up)], 1)  # type: ignore[arg-type]
+        return linear_fp8.linear(silu_times_up(middle), *down)  # type: ignore[arg-type]

@@ -29,9 +29,8 @@ def dequantise_blocks(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = to
     *stack, n, k = weight.shape
     expected = (*stack, -(-n // BLOCK), -(-k // BLOCK))
     if tuple(scale_inv.shape) != expected:
-        raise ValueError(
-            f"factors have shape {tuple(scale_inv.shape)}, a weight of {' x '.join(map(str, weight.shape))} needs {expected}"
-        )
+        shape = " x ".join(map(str, weight.shape))
+        raise ValueError(f"factors have shape {tuple(scale_inv.shape)}, a weight of {shape} needs {expected}")
     blocks = _blocks(weight.float()) * scale_inv.float().unsqueeze(-1).unsqueeze(-3)
     return _whole(blocks)[..., :n, :k].to(dtype)
 

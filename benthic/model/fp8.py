@@ -23,9 +23,12 @@ def eligible(model: nn.Module) -> Iterator[tuple[Quantisable, str]]:
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             yield from ((module, matrix) for matrix in module.PARTS)
-        elif isinstance(module, Linear) and is_quantised(f"{name}.weight", tuple(module.weight.shape)):
-            if not name.endswith("kv_b_proj"):
-                yield module, "weight"
+        elif isinstance(module, Linear) and _is_eligible(name, module):
+            yield module, "weight"
+
+
+def _is_eligible(name: str, module: Linear) -> bool:
+    return not name.endswith("kv_b_proj") and is_quantised(f"{name}.weight", tuple(module.weight.shape))
 
 
 def is_fp8(model: nn.Module) -> bool:
@@ -53,7 +56,7 @@ def quantise_into(codes: Tensor, factors: Tensor, weight: Tensor) -> None:
             quantise_into(*part)
         return
     quantised, scale = quantise_blocks(in_parts(weight, factors))
-    codes.copy_(quantised.view_as(codes))
+    codes.copy_(quantised.reshape(codes.shape))
     factors.copy_(scale)
 
 

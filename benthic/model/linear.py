@@ -30,15 +30,15 @@ class Quantisable(nn.Module):
         weight, factors = getattr(self, name), self.factors(name)
         if factors is None:
             return weight.to(dtype)
-        return dequantise_blocks(in_parts(weight, factors), factors, dtype).view(weight.shape)
+        return dequantise_blocks(in_parts(weight, factors), factors, dtype).reshape(weight.shape)
 
     def _apply(self, fn, recurse: bool = True):
-        exact = {p: (getattr(self, p), factors) for p in self.PARTS if (factors := self.factors(p)) is not None}
+        exact = {p: (getattr(self, p).detach(), factors) for p in self.PARTS if (factors := self.factors(p)) is not None}
         super()._apply(fn, recurse)
         for name, (weight, factors) in exact.items():
             cast: nn.Parameter = getattr(self, name)
             if cast.dtype != FP8:
-                setattr(self, name, nn.Parameter(weight.to(cast.device), requires_grad=False))
+                cast.data = weight.to(cast.device)
                 setattr(self, name + SCALE, factors.to(cast.device))
         return self
 
