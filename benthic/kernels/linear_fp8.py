@@ -49,20 +49,29 @@ def _rows(
 @triton.jit
 def _tiles(
     codes, token_factors, weight, factors, out, n_tokens, stride_f, M,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
+    """TALL: the tokens are the tall side."""
     first = tl.program_id(0) * BLOCK_M
     m, n = first + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row, token = weight + m.to(tl.int64)[:, None] * D, codes + n.to(tl.int64)[:, None] * D
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    of_tokens, of_rows = token_factors + n, factors + first // 128 * tl.cdiv(D, 128)
+    total = tl.zeros([BLOCK_N, BLOCK_M] if TALL else [BLOCK_M, BLOCK_N], tl.float32)
+    token_factor, row_factor = tl.load(of_tokens, mask=n < n_tokens, other=0.0), tl.load(of_rows)
     for start in range(0, D, 128):
-        factor = tl.load(token_factors + start // 128 * stride_f + n, mask=n < n_tokens, other=0.0)
-        factor *= tl.load(factors + first // 128 * tl.cdiv(D, 128) + start // 128)
+        factor, block = token_factor * row_factor, tl.minimum(start // 128 + 1, (D - 1) // 128)
+        token_factor = tl.load(of_tokens + block * stride_f, mask=n < n_tokens, other=0.0)  # on their way meanwhile:
+        row_factor = tl.load(of_rows + block)  # the next factors
         d = start + tl.arange(0, 128)
         w = tl.load(row + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
         tokens = tl.load(token + d[None, :], mask=(n < n_tokens)[:, None] & (d < D)[None, :], other=0.0)
-        total += tl.dot(w, tl.trans(tokens)) * factor[None, :]
-    value = tl.trans(total.to(out.dtype.element_ty))
+        if TALL:
+            total += tl.dot(tokens, tl.trans(w)) * factor[:, None]
+        else:
+            total += tl.dot(w, tl.trans(tokens)) * factor[None, :]
+    value = total.to(out.dtype.element_ty)
+    if not TALL:
+        value = tl.trans(value)
     tl.store(out + n.to(tl.int64)[:, None] * M + m[None, :], value, mask=(n < n_tokens)[:, None] & (m < M)[None, :])
 
 
@@ -87,11 +96,13 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Block sizes: rows of the weights (64 or 128: a divisor of a block), tokens. Flat tiles wait for memory, so that
-    several are on their way."""
+    """Block sizes: rows of the weights (a divisor of 128), tokens, and which of the two is the tall side, 64 or more.
+    Factors of tokens on the flat side take many registers; fewer than 64 tokens would leave the tall side empty. Flat
+    tiles wait for memory, so that several are on their way."""
 
     block_m: int = 64
     block_n: int = 16
+    tall: bool = False
     num_warps: int = 4
     num_stages: int = 5
 
@@ -102,7 +113,7 @@ class Tiles:
         out = torch.empty(n, m, dtype=x.dtype, device=x.device)
         _tiles[triton.cdiv(m, self.block_m), triton.cdiv(n, self.block_n)](
             codes, token_factors, weight, factors, out, n, token_factors.stride(1), m,  # pyright: ignore
-            D=d, BLOCK_M=self.block_m, BLOCK_N=self.block_n,
+            D=d, BLOCK_M=self.block_m, BLOCK_N=self.block_n, TALL=self.tall,
             num_warps=self.num_warps, num_stages=self.num_stages,  # pyright: ignore
         )  # fmt: skip
         return out

@@ -2,8 +2,9 @@
 kernel for silu(gate) * up that leaves E4M3.
 
 Arithmetic as in moe_fp8: both sides E4M3, partial sums of 128 columns times both factors into the float32 total. Bound
-by operations, so tiles are as large as registers allow: one sum per tile, gate and up in tiles of their own, rounded to
-the compute dtype in between. The shared experts are linear layers that every token takes. Letters as in moe_weights.
+by operations: pairs are the tall side, so that a thread has few factors to keep, and tiles leave room for several
+programs per multiprocessor, whose additions run beside the others' products; gate and up have tiles of their own,
+rounded to the compute dtype in between. The shared experts are linear layers that every token takes. Letters as in moe_weights.
 """
 
 from dataclasses import dataclass
@@ -35,16 +36,18 @@ def _grouped(
     matrix, grid = expert.to(tl.int64) * PARTS + part, tl.cdiv(M, 128) * tl.cdiv(D, 128)
     m, row = first + tl.arange(0, BLOCK_N), pair // PER_ROW
     weights, scales = weight + matrix * (M * D), factors + matrix * grid + first // 128 * tl.cdiv(D, 128)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x_factors += row * tl.cdiv(D, 128)
+    row_factor, scale = tl.load(x_factors, mask=live, other=0.0), tl.load(scales)
     for start in range(0, D, 128):
-        factor = tl.load(x_factors + row * tl.cdiv(D, 128) + start // 128, mask=live, other=0.0)
-        factor *= tl.load(scales + start // 128)
+        factor, at = row_factor * scale, tl.minimum(start // 128 + 1, (D - 1) // 128)
+        row_factor, scale = tl.load(x_factors + at, mask=live, other=0.0), tl.load(scales + at)  # of the next step
         d = start + tl.arange(0, 128)
         rows = tl.load(x + row[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
         w = tl.load(weights + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        total += tl.dot(w, tl.trans(rows)) * factor[None, :]
-    value, at = tl.trans(total.to(out.dtype.element_ty)), pair * (PARTS * M) + part * M
-    tl.store(out + at[:, None] + m[None, :], value, mask=live[:, None] & (m < M)[None, :])
+        total += tl.dot(rows, tl.trans(w)) * factor[:, None]
+    at = pair * (PARTS * M) + part * M
+    tl.store(out + at[:, None] + m[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & (m < M)[None, :])
 
 
 @triton.jit

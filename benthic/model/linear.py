@@ -33,7 +33,9 @@ class Quantisable(nn.Module):
         return dequantise_blocks(in_parts(weight, factors), factors, dtype).reshape(weight.shape)
 
     def _apply(self, fn, recurse: bool = True):
-        exact = {p: (getattr(self, p).detach(), factors) for p in self.PARTS if (factors := self.factors(p)) is not None}
+        exact = {
+            p: (getattr(self, p).detach(), factors) for p in self.PARTS if (factors := self.factors(p)) is not None
+        }
         super()._apply(fn, recurse)
         for name, (weight, factors) in exact.items():
             cast: nn.Parameter = getattr(self, name)
