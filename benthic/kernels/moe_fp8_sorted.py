@@ -3,8 +3,9 @@ kernel for silu(gate) * up that leaves E4M3.
 
 Arithmetic as in moe_fp8: both sides E4M3, partial sums of 128 columns times both factors into the float32 total. Bound
 by operations: pairs are the tall side, so that a thread has few factors to keep, and tiles leave room for several
-programs per multiprocessor, whose additions run beside the others' products; gate and up have tiles of their own,
-rounded to the compute dtype in between. The shared experts are linear layers that every token takes. Letters as in moe_weights.
+programs per multiprocessor, whose additions run beside the others' products. Gate and up have tiles of their own and
+are rounded to the compute dtype in between. The shared experts are linear layers that every token takes. Letters as in
+moe_weights.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from benthic.model.cache import LatentCache
 from benthic.model.config import ModelConfig, RopeScaling
 from benthic.model.fp8 import eligible, make_room, to_fp8
 from benthic.model.init import initialise
-from benthic.model.linear import Linear
+from benthic.model.linear import FP8, Linear
 from benthic.model.mla import MLA
 from benthic.model.transformer import Transformer
 
@@ -187,9 +187,9 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks: the interpreter's time goes by programs."""
     few, many = linear_fp8.Rows(block=128), linear_fp8.Tiles(block_m=128, block_n=32)
-    rows, tiles = moe.Rows(up_block=128, up_chunk=2048, down_block=128), moe.Fp8Tiles()
+    rows, tiles, own = moe.Rows(up_block=128, up_chunk=2048, down_block=128), moe.Fp8Tiles(), moe.choose_tiles
     monkeypatch.setattr(linear_fp8, "choose", lambda x, weight: few if len(x) <= 4 else many)
-    monkeypatch.setattr(moe, "choose_tiles", lambda n, k, e, dtype: rows if n <= 4 else tiles)
+    monkeypatch.setattr(moe, "choose_tiles", lambda n, k, e, dtype: own(n, k, e, dtype) if dtype != FP8 else rows if n <= 4 else tiles)
 
 
 RAGGED = dataclasses.replace(V3, hidden_size=144, q_lora_rank=136, intermediate_size=200, moe_intermediate_size=80)
