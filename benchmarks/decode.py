@@ -65,6 +65,7 @@ def prompt_tokens(model: Transformer, rows: int, length: int) -> Tokens:
 def captured(step: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
     """`step` as a graph, after it has run twice."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             step()

@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from benthic.kernels.moe_fp8 import quantise
-from benthic.kernels.moe_rows import scaled
 from benthic.kernels.quant import BLOCK, dequantise_blocks, dequantise_rows, quantise_rows
 
 FEW = 4  # tokens up to which the weights are better read row by row
-MANY = 1024  # tokens from which the library's product is faster
+MANY = 1_400_000  # elements of the product from which the library's is faster
 
 
 @triton.jit
@@ -34,14 +33,16 @@ def _rows(
     x, weight, factors, out, stride_x, M, D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_M
-    m = first + tl.arange(0, BLOCK_M)
+    m, of_rows = first + tl.arange(0, BLOCK_M), factors + first // 128 * tl.cdiv(D, 128)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
         at = weight + m.to(tl.int64)[:, None] * D + d[None, :]
         w = tl.load(at, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        row = scaled(row, factors, first, start, D, CHUNK, True)  # pyright: ignore[reportArgumentType]
+        block = start // 128 + tl.arange(0, CHUNK // 128)
+        factor = tl.load(of_rows + block, mask=block * 128 < D, other=0.0)
+        row = tl.reshape(tl.reshape(row, [CHUNK // 128, 128]) * factor[:, None], [CHUNK])
         total += tl.sum(w * row[None, :], 1)
     tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
 
@@ -140,17 +141,20 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def choose(x: Tensor, weight: Tensor) -> Rows | Tiles | Library:
-    """The way for N tokens. Tiles are as flat as the tokens allow, and small enough to occupy the chip."""
-    n = len(x)
+    """The way for N tokens, as measured on an H200 with V2-Lite's shapes. Small matrices want small tiles, to occupy
+    the chip; the rows of large ones are the tall side until the tokens can be."""
+    n, m = len(x), len(weight)
     if n <= FEW:
-        return Rows()
-    if n >= MANY and takes(x, weight):
+        return Rows(block=4 if n == 1 else 8)
+    if n * m >= MANY and n > 64 and takes(x, weight):
         return Library()
-    if n <= 64:
-        return Tiles(block_n=max(16, triton.next_power_of_2(n)))
+    if n <= 64 and m <= 4096:
+        return Tiles(block_m=16, block_n=64, tall=True, num_stages=6)
+    if n <= 32:
+        return Tiles(block_n=16 if n <= 16 else 32)
     if n <= 256:
-        return Tiles(block_n=64, num_stages=4)
-    return Tiles(block_m=128, block_n=128, num_warps=8, num_stages=4)
+        return Tiles(block_n=64, tall=True, num_stages=4)
+    return Tiles(block_n=128, tall=True, num_stages=4)
 
 
 def linear(x: Tensor, weight: Tensor, factors: Tensor, *, way: Rows | Tiles | Library | None = None) -> Tensor:

@@ -87,7 +87,7 @@ def _choose_fp8(pairs: float) -> Fp8Tiles | Fp8Sorted:
         return Fp8Tiles()
     if pairs <= 28:
         return Fp8Tiles(block_m=32)
-    if pairs <= 96:
+    if pairs <= 64:
         return Fp8Tiles(block_m=64, up_warps=8)  # taller ones run out of registers
     return Fp8Sorted()
 

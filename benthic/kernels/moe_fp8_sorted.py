@@ -67,10 +67,10 @@ def _swiglu(gate_up, codes, factors, I: tl.constexpr, BLOCKS: tl.constexpr):
 class Fp8Sorted(ByExpert):
     """Block sizes: pairs, rows of the weights (64 or 128: a divisor of a block)."""
 
-    block_m: int = 128
+    block_m: int = 64
     block_n: int = 128
-    num_warps: int = 8
-    num_stages: int = 4
+    num_warps: int = 4
+    num_stages: int = 3
 
     def outputs(self, x: Tensor, weights: ExpertWeights, topk_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Sorted.outputs`; rows stand in the order of the tokens."""

@@ -8,7 +8,6 @@ per layer in bfloat16, 32 us at 4.28 TB/s.
 A token's result does not depend on the others. Letters as in moe_weights.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +19,16 @@ from benthic.kernels.moe_weights import ExpertWeights, down_matrix, swiglu, up_m
 
 
 @triton.jit
-def scaled(values, factors, row, first, width, C: tl.constexpr, FP8: tl.constexpr):
-    """Activations [C] of columns from `first` on, for FP8 times the factors of the blocks that a row of the weights
-    [., width] crosses."""
+def _sums(product, scale, row, first, grid, R: tl.constexpr, C: tl.constexpr, FP8: tl.constexpr):
+    """product [R, C] of columns from `first` on -> its rows' sums [R], each block of 128 columns times its factor."""
     if FP8:
-        block, grid = first // 128 + tl.arange(0, C // 128), tl.cdiv(width, 128)
-        factor = tl.load(factors + row // 128 * grid + block, mask=block < grid, other=0.0)
-        values = tl.reshape(tl.reshape(values, [C // 128, 128]) * factor[:, None], [C])
-    return values
+        parts = tl.sum(tl.reshape(product, [R, C // 128, 128]), 2)
+        column = first // 128 + tl.arange(0, C // 128)
+        at = (row // 128)[:, None] * grid + column[None, :]
+        result = tl.sum(parts * tl.load(scale + at, mask=(column < grid)[None, :], other=0.0), 1)
+    else:
+        result = tl.sum(product, 1)
+    return result
 
 
 @triton.jit
@@ -37,26 +38,24 @@ def _up(
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     token, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = tl.program_id(2) * BLOCK
-    i = first + tl.arange(0, BLOCK)
+    i = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(topk_ids + token * K + tl.minimum(slot, K - 1))
     gate, up, gate_scale, up_scale, first_row = up_matrices(
         tl.where(slot < K, chosen, E + slot - K), gate_up, shared_gate, shared_up, scale, shared_gate_scale,
         shared_up_scale, D, I, E,
     )  # fmt: skip
+    row = tl.where(i < I, first_row + i, first_row)
     gate_sum, up_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, D, CHUNK, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         d = start + tl.arange(0, CHUNK)
         at, mask = i[:, None] * D + d[None, :], (i < I)[:, None] & (d < D)[None, :]
         gates = tl.load(gate + at, mask=mask, other=0.0)
         ups = tl.load(up + at, mask=mask, other=0.0)
-        values = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        gate_sum += tl.sum(
-            gates.to(tl.float32) * scaled(values, gate_scale, first_row + first, start, D, CHUNK, FP8)[None, :], 1
-        )
-        up_sum += tl.sum(
-            ups.to(tl.float32) * scaled(values, up_scale, first_row + first, start, D, CHUNK, FP8)[None, :], 1
-        )
+        token_row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        product = gates.to(tl.float32) * token_row
+        gate_sum += _sums(product, gate_scale, row, start, tl.cdiv(D, 128), BLOCK, CHUNK, FP8)
+        product = ups.to(tl.float32) * token_row
+        up_sum += _sums(product, up_scale, row, start, tl.cdiv(D, 128), BLOCK, CHUNK, FP8)
     value = swiglu(gate_sum, up_sum, h.dtype.element_ty)
     tl.store(h + (token * (K + S) + slot) * I + i, value, mask=i < I)
 
@@ -71,17 +70,17 @@ def _down(
     slot = SLOTS - 1 - tl.program_id(1)  # the shared experts, S times as wide, first
     d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(topk_ids + token * K + tl.minimum(slot, K - 1))
-    matrix, factors, width, _ = down_matrix(
+    matrix, factors, width, grid = down_matrix(
         tl.where(slot < K, chosen, E), down, shared_down, scale, shared_scale, D, I, E, S
     )
+    row = tl.where(d < D, d, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, width, CHUNK, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         i = start + tl.arange(0, CHUNK)
         mask = (d < D)[:, None] & (i < width)[None, :]
         w = tl.load(matrix + d[:, None] * width + i[None, :], mask=mask, other=0.0)
         pair = tl.load(h + (token * (K + S) + slot) * I + i, mask=i < width, other=0.0).to(tl.float32)
-        pair = scaled(pair, factors, tl.program_id(2) * BLOCK, start, width, CHUNK, FP8)
-        total += tl.sum(w.to(tl.float32) * pair[None, :], 1)
+        total += _sums(w.to(tl.float32) * pair[None, :], factors, row, start, grid, BLOCK, CHUNK, FP8)
     tl.store(y + (token * SLOTS + slot) * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
 
@@ -103,12 +102,11 @@ class Rows:
         shared ones [N, K, d]."""
         (n, k), (e, d, i), s = topk_ids.shape, weights.down_proj.shape, weights.n_shared
         slots = k + (s > 0)
-        up_block = math.gcd(self.up_block, i) if weights.fp8 else self.up_block
         h = torch.empty(n, k + s, i, dtype=x.dtype, device=x.device)
         y = torch.empty(n, slots, d, dtype=x.dtype, device=x.device)
-        _up[n, k + s, triton.cdiv(i, up_block)](
+        _up[n, k + s, triton.cdiv(i, self.up_block)](
             x, topk_ids, h, *weights.up_arguments(), x.stride(0),  # pyright: ignore[reportCallIssue]
-            D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, BLOCK=up_block, CHUNK=self.up_chunk, STAGES=self.up_stages,
+            D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, BLOCK=self.up_block, CHUNK=self.up_chunk, STAGES=self.up_stages,
             num_warps=self.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         _down[n, slots, triton.cdiv(d, self.down_block)](

@@ -189,7 +189,9 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = linear_fp8.Rows(block=128), linear_fp8.Tiles(block_m=128, block_n=32)
     rows, tiles, own = moe.Rows(up_block=128, up_chunk=2048, down_block=128), moe.Fp8Tiles(), moe.choose_tiles
     monkeypatch.setattr(linear_fp8, "choose", lambda x, weight: few if len(x) <= 4 else many)
-    monkeypatch.setattr(moe, "choose_tiles", lambda n, k, e, dtype: own(n, k, e, dtype) if dtype != FP8 else rows if n <= 4 else tiles)
+    monkeypatch.setattr(
+        moe, "choose_tiles", lambda n, k, e, dtype: own(n, k, e, dtype) if dtype != FP8 else rows if n <= 4 else tiles
+    )
 
 
 RAGGED = dataclasses.replace(V3, hidden_size=144, q_lora_rank=136, intermediate_size=200, moe_intermediate_size=80)

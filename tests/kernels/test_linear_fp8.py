@@ -43,6 +43,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (Rows(chunk=256), 1, 144, 256), (Rows(block=4), 3, 130, 72), (Rows(chunk=128), 4, 33, 200),
         (Tiles(), 5, 130, 136), (Tiles(), 16, 64, 128), (Tiles(block_m=128, block_n=32), 35, 272, 264),
+        (Tiles(block_m=16, block_n=64, tall=True), 7, 130, 264), (Tiles(block_n=64, tall=True), 70, 136, 136),
     ],
 )  # fmt: skip
 def test_every_block_is_multiplied_by_its_own_factor(way: Rows | Tiles, n: int, m: int, d: int, device: str) -> None:
@@ -69,7 +70,7 @@ def test_a_token_does_not_see_its_neighbours(way: Rows | Tiles, device: str) -> 
 
 def test_few_tokens_go_row_by_row_and_only_hopper_has_the_librarys_product(device: str) -> None:
     weight, _ = blocks(64, 512, device)
-    x = torch.zeros(4096, 512, dtype=torch.bfloat16, device=device)
+    x = torch.zeros(32768, 512, dtype=torch.bfloat16, device=device)
     assert [type(choose(x[:n], weight)) for n in (1, 4, 5, 300)] == [Rows, Rows, Tiles, Tiles]
     hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
     assert isinstance(choose(x, weight), Library if hopper else Tiles)
