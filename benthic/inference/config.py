@@ -37,6 +37,8 @@ class EngineConfig:
     """Keep computed pages for later prompts that begin with the same tokens, until their room is needed."""
     kv_cache_dtype: Literal["auto", "fp8", "int6"] = "auto"
     """How latents are kept: as computed, in 8 bits, or in 6."""
+    quantization: Literal["auto", "none", "fp8"] = "auto"
+    """Format of the projections and experts: fp8: E4M3 in blocks of 128 x 128, none: as computed; auto: as they are."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that weights, cache and everything else may take."""
     backend: Literal["auto", "plain", "fused"] = "auto"
@@ -50,7 +52,11 @@ class EngineConfig:
         for name in ("max_model_len", "num_pages"):
             _integer(name, getattr(self, name), 0, MAX_INTEGER)
         _integer("num_speculative_tokens", self.num_speculative_tokens, 0, 1)
-        for name, values in (("kv_cache_dtype", ("auto", "fp8", "int6")), ("backend", ("auto", "plain", "fused"))):
+        for name, values in (
+            ("kv_cache_dtype", ("auto", "fp8", "int6")),
+            ("quantization", ("auto", "none", "fp8")),
+            ("backend", ("auto", "plain", "fused")),
+        ):
             if getattr(self, name) not in values:
                 raise InputError(f"{name}={getattr(self, name)!r} -> use one of {', '.join(values)}")
         _number("gpu_memory_utilization", self.gpu_memory_utilization)

@@ -1,7 +1,8 @@
 """The engine: requests in, tokens out, one `step()` at a time.
 
-It keeps nothing that is derived from the weights except latents, so a trainer may change the parameters in place
-whenever no request is unfinished, and then calls `update_weights`. Not thread-safe: one thread owns an engine.
+A trainer may change the parameters in place whenever no request is unfinished, and then calls `update_weights`: latents
+are derived from them, and so is, where the engine computes in another format than the trainer's, a replica of the
+weights. Not thread-safe: one thread owns an engine.
 """
 
 import logging
@@ -15,12 +16,14 @@ import torch
 from benthic.base.errors import BenthicError, DoesNotFit, InputError
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
+from benthic.inference.replica import Replica
 from benthic.inference.request import Delta, FinishReason, Output, Request, Seq
 from benthic.inference.runner import PlainRunner, Runner
 from benthic.inference.scheduler import Plan, Scheduler
 from benthic.inference.stats import Stats
 from benthic.inference.stop import Transcript
 from benthic.model.cache import bytes_per_token
+from benthic.model.fp8 import check_device
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 
@@ -53,10 +56,15 @@ class Engine:
         c = model.config
         modules = c.num_nextn_predict_layers if c.mtp_type == "sequential" else 0  # others cannot draft one by one
         asked = config or EngineConfig()
+        if asked.quantization == "fp8":
+            check_device(model.embed_tokens.weight.device)
+        fused = on_kernels(model, asked)
+        # Before the cache is measured: what a replica holds of its own is memory that the cache cannot have.
+        self.replica = Replica(model, asked.quantization, cast=fused)
         self.config = fitted(asked.resolve(c.max_position_embeddings, modules), model, asked.num_pages)
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
-        self.runner: Runner = make_runner(model, self.config, self.vocab_size)
+        self.runner: Runner = make_runner(self.replica.model, self.config, self.vocab_size, fused)
         self.scheduler = Scheduler(self.config)
         self.stats = Stats()
         self._seqs: dict[int, Seq] = {}  # unfinished
@@ -140,7 +148,9 @@ class Engine:
             self._forget(seq)
 
     def update_weights(self) -> None:
-        """The model's parameters have changed: latents computed with the old ones are not used for new requests."""
+        """The model's parameters have changed in place: what is derived from them is derived anew, and latents computed
+        with the old ones are not used for new requests."""
+        self.replica.refresh()
         self.scheduler.reset_cache()
 
     def step(self) -> Step:
@@ -271,15 +281,23 @@ class Engine:
         return [outputs[ids[place]] for place in range(len(requests))]
 
 
-def make_runner(model: Transformer, config: EngineConfig, vocab_size: int) -> Runner:
-    """Kernels where they can compute the model and it lies on a GPU, else the plain model."""
-    if config.backend == "plain" or (config.backend == "auto" and not model.embed_tokens.weight.is_cuda):
-        return PlainRunner(model, config, vocab_size)
-    from benthic.inference import fused, fused_runner  # needs triton
+def on_kernels(model: Transformer, config: EngineConfig) -> bool:
+    """Whether the model runs on kernels: where they can compute it and it lies on a GPU, unless `backend` decides."""
+    if config.backend != "auto" or not model.embed_tokens.weight.is_cuda:
+        return config.backend == "fused"
+    from benthic.inference import fused  # needs triton
 
-    if config.backend == "auto" and (reason := fused.unfit(model)):
+    if reason := fused.unfit(model):
         log.warning("%s: the plain forward pass is used, which is slower", reason)
+    return not reason
+
+
+def make_runner(model: Transformer, config: EngineConfig, vocab_size: int, on_kernels: bool) -> Runner:
+    """The runner on kernels or the plain one."""
+    if not on_kernels:
         return PlainRunner(model, config, vocab_size)
+    from benthic.inference import fused_runner  # needs triton
+
     return fused_runner.FusedRunner(model, config, vocab_size)
 
 

@@ -1,20 +1,21 @@
 """The forward pass as a list of kernels: what `Transformer.hidden` computes, for packed tokens on a GPU.
 
-It reads the parameters of the model's own modules. Projections of the same input are laid into one storage, of which
-the parameters become views; the absorbed matrices are views of `kv_b_proj`. Nothing is copied, so whoever writes the
-weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it shares.
+It reads the parameters of the model's own modules, 16 bits wide or FP8. Projections of the same input are laid into one
+storage, of which the parameters become views; the absorbed matrices are views of `kv_b_proj`. Nothing is copied, so
+whoever writes the weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it
+shares.
 
 Letters: N tokens (decode rows first), B decode rows of Q queries, H heads, D, P, V, R widths as in mla.py, d hidden.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benthic.base.errors import InputError
+from benthic.inference.matrices import lay_together, product, products, width
 from benthic.kernels import decode_inputs, latent_store, mla_decode, mla_output, moe, norm, route
 from benthic.kernels.gemv import linear
 from benthic.kernels.latent import Latents
@@ -24,7 +25,7 @@ from benthic.kernels.moe_sorted import silu_times_up
 from benthic.model.block import Block
 from benthic.model.cache import LatentCache
 from benthic.model.ffn import FFN
-from benthic.model.linear import Linear, RMSNorm
+from benthic.model.linear import FP8, Quantisable, RMSNorm
 from benthic.model.mla import MLA
 from benthic.model.moe import MoE
 from benthic.model.mtp import MTP
@@ -74,7 +75,7 @@ class Fused:
     """`hidden(tokens)` and `mtp_hidden(...)` of `model` over `cache`, whose pages hold `page_size` tokens."""
 
     def __init__(self, model: Transformer, cache: LatentCache, page_size: int):
-        if reason := unfit(model):
+        if reason := unfit(model) or unready(model):
             raise InputError(f"{reason} -> use the plain forward pass")
         self.model, self.cache, self.page_size = model, cache, page_size
         device = model.embed_tokens.weight.device
@@ -128,10 +129,10 @@ class Fused:
         """x [N, d] -> [N, d]: absorbed for the decode rows, decompressed for the prompts."""
         latents = self.cache.layers[layer]
         query = attn.q_a_proj if attn.compressed else attn.q_proj
-        width = query.weight.shape[0]
-        q, kv_a = linear(x, together(query, attn.kv_a_proj_with_mqa)).tensor_split([width], -1)
+        both, kv = products(x, query, attn.kv_a_proj_with_mqa), attn.kv_a_proj_with_mqa
+        q, kv_a = both[:, : len(query.weight)], both[:, width(query) :][:, : len(kv.weight)]
         if attn.compressed:
-            q = linear(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj.weight)
+            q = product(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj)
         q = q.unflatten(-1, (attn.heads, -1))  # [N, H, D + P]
         d, v, kv_norm = attn.query_sizes[0], attn.value_size, attn.kv_a_layernorm
         w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
@@ -150,7 +151,7 @@ class Fused:
         if tokens.prefill is not None and dense is not None:
             new = q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:]
             self.prompts(attn, *new, latents, tokens.prefill, out[n:])
-        return linear(out.flatten(1), attn.o_proj.weight)
+        return product(out.flatten(1), attn.o_proj)
 
     def prompts(
         self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents,
@@ -189,8 +190,8 @@ class Fused:
 
 def dense(network: FFN, x: Tensor) -> Tensor:
     """SwiGLU of x [N, d]."""
-    middle = silu_times_up(linear(x, together(network.gate_proj, network.up_proj)))
-    return linear(middle, network.down_proj.weight)
+    middle = silu_times_up(products(x, network.gate_proj, network.up_proj))
+    return product(middle[:, : len(network.gate_proj.weight)], network.down_proj)
 
 
 def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:
@@ -200,11 +201,13 @@ def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 def of_module(mlp: MoE) -> ExpertWeights:
     """The weights of a mixture under the names of its kernels, in place."""
-    shared = mlp.shared_experts
+    routed, shared = mlp.routed_experts, mlp.shared_experts
     return ExpertWeights(
-        gate_up_proj=mlp.routed_experts.gate_up_proj, down_proj=mlp.routed_experts.down_proj,
+        gate_up_proj=routed.gate_up_proj, down_proj=routed.down_proj,
+        gate_up_scale=routed.gate_up_proj_scale_inv, down_scale=routed.down_proj_scale_inv,
         shared_gate_proj=shared.gate_proj.weight, shared_up_proj=shared.up_proj.weight,
-        shared_down_proj=shared.down_proj.weight,
+        shared_down_proj=shared.down_proj.weight, shared_gate_scale=shared.gate_proj.weight_scale_inv,
+        shared_up_scale=shared.up_proj.weight_scale_inv, shared_down_scale=shared.down_proj.weight_scale_inv,
     )  # fmt: skip
 
 
@@ -216,27 +219,17 @@ def unfit(model: Transformer) -> str:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if (width := getattr(c, name)) & (width - 1) or width < 16:
             return f"{name}={width} is no power of two from 16"
-    dtypes = {p.dtype for p in model.parameters()}
-    if dtypes != {model.dtype}:
-        return f"weights in {', '.join(sorted(map(str, dtypes)))}, computing in {model.dtype}, not all in one dtype"
     return ""
 
 
-def lay_together(*layers: Linear) -> None:
-    """Put the weights of layers that read the same input into one storage, of which they become views.
-
-    Weights that are neighbours stay where they are: graphs that another engine has captured go on reading them.
-    """
-    weights = [layer.weight for layer in layers]
-    shared = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if shared and all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(weights)):
-        return
-    whole = torch.cat([layer.weight for layer in layers])
-    for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
-        layer.weight.data = part
-
-
-def together(first: Linear, second: Linear) -> Tensor:
-    """The two weights [out, in] that `lay_together` made neighbours, as one matrix."""
-    (n, width), m = first.weight.shape, len(second.weight)
-    return first.weight.as_strided((n + m, width), (width, 1))
+def unready(model: Transformer) -> str:
+    """Why these kernels cannot read the weights as they are, which a replica can change; "" if they can."""
+    held = {
+        parameter.dtype
+        for module in model.modules()
+        if isinstance(module, Quantisable | nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    if wrong := held - {model.dtype, FP8}:
+        return f"weights in {', '.join(sorted(map(str, wrong)))}, computing in {model.dtype}"
+    return ""

@@ -33,7 +33,8 @@ class LLM:
         if chat_template:
             chosen = Tokenizer.load(path).with_template(chat_template)
             chat.check(chosen)
-        model, own = load(path, device=device, dtype=dtype)
+        config = config or EngineConfig()
+        model, own = load(path, device=device, dtype=dtype, quantization=config.quantization)
         self.tokenizer = chosen or own
         self.engine = Engine(model, self.tokenizer, config)
 

@@ -20,6 +20,7 @@ from benthic.model import hf
 from benthic.model.cache import bytes_per_token
 from benthic.model.config import ModelConfig
 from benthic.model.count import parameters
+from benthic.model.fp8 import check_device, is_fp8, to_fp8
 from benthic.model.transformer import Transformer
 from benthic.recipes.models import MODELS
 
@@ -52,6 +53,7 @@ def run(config: BenchConfig) -> None:
         "device": torch.cuda.get_device_name() if _on_gpu(engine) else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": "fp8" if is_fp8(model) else "none",
         "kv_cache_dtype": config.kv_cache_dtype,
         "cache_bytes_per_token": bytes_per_token(model.config, model.dtype.itemsize, config.kv_cache_dtype),
         "input_len": config.input_len,
@@ -161,7 +163,9 @@ def table(facts: dict[str, Any], rows: list[dict[str, float]]) -> str:
     """What was measured on, then one line per batch size."""
     drafts = facts["num_speculative_tokens"]
     head = (
-        f"{facts['model']}: {facts['parameters']:,} parameters, {facts['dtype']}, {facts['device']}\n"
+        f"{facts['model']}: {facts['parameters']:,} parameters, {facts['dtype']}"
+        + (", FP8 weights" if facts["quantization"] == "fp8" else "")
+        + f", {facts['device']}\n"
         f"prompts of {facts['input_len']} random tokens, answers of {facts['output_len']}"
         + (f", {drafts} drafted per step" if drafts else "")
         + f"; cache {facts['kv_cache_dtype']}: {facts['cache_bytes_per_token']:,} bytes per token\n"
@@ -192,6 +196,7 @@ def _limits(config: BenchConfig, shape: ModelConfig, answer: int) -> EngineConfi
         max_num_seqs=max(config.batch),
         max_model_len=config.input_len + answer,
         num_speculative_tokens=config.num_speculative_tokens,
+        quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
         enable_prefix_caching=False,
         num_pages=cache_pages(max(config.batch), config.input_len, answer, EngineConfig.page_size),
@@ -203,9 +208,13 @@ def _limits(config: BenchConfig, shape: ModelConfig, answer: int) -> EngineConfi
 def _model(config: BenchConfig, shape: ModelConfig) -> Transformer:
     """The folder's model, or the preset's shape with random weights; prediction modules only where they draft."""
     if config.model not in MODELS:
-        return hf.load(Path(config.model), config.device, config.dtype)[0]
+        return hf.load(Path(config.model), config.device, config.dtype, config.quantization)[0]
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     dtype = hf.DTYPES[("bfloat16" if gpu else "float32") if config.dtype == "auto" else config.dtype]
     if not config.num_speculative_tokens:
         shape = dataclasses.replace(shape, num_nextn_predict_layers=0)
-    return random_model(shape, "cuda" if gpu else "cpu", dtype)
+    model = random_model(shape, "cuda" if gpu else "cpu", dtype)
+    if config.quantization == "fp8":
+        check_device(model.embed_tokens.weight.device)
+        to_fp8(model)
+    return model

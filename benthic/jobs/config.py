@@ -8,6 +8,7 @@ from tyro.conf import Positional, UseAppendAction
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["auto", "none", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class AnswerConfig:
     """auto: cuda where there is one, else cpu."""
     dtype: Dtype = "auto"
     """Precision of the computation; auto takes what the model's config.json names."""
+    quantization: Quantization = "auto"
+    """Weights of projections and experts: fp8, none (in dtype); auto: as they are stored, where the device has FP8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class BenchConfig:
     """auto: cuda where there is one, else cpu."""
     dtype: Dtype = "auto"
     """auto: what the folder's config.json names; for presets bfloat16 on a GPU, else float32."""
+    quantization: Quantization = "auto"
+    """Weights of projections and experts: fp8, none (in dtype); auto: as they are stored, where the device has FP8."""
     json: bool = False
     """Print the table as JSON."""
 

@@ -20,9 +20,10 @@ from benthic.model import hf
 from benthic.model.config import ModelConfig
 from benthic.model.export import CONFIG, Piece, in_blocks, is_quantised, plain, write_folder
 from benthic.model.hf_config import FP8_SETTINGS, to_hf
+from benthic.model.linear import FP8
 from benthic.model.native import BIAS
 from benthic.model.native_config import is_native
-from benthic.model.weights import FP8, Weights, cast
+from benthic.model.weights import Weights, cast
 
 UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 TOKENIZER_FILES = (

@@ -57,7 +57,9 @@ def run(config: GenerateConfig) -> None:
 
 def load(config: AnswerConfig, max_num_seqs: int, chat_template: str = "", max_model_len: int = 0) -> LLM:
     """The model that the options name, with room for so many requests at once."""
-    engine = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    engine = EngineConfig(
+        max_num_seqs=max_num_seqs, max_model_len=max_model_len, quantization=config.quantization
+    )  # fmt: skip
     return LLM(config.model, device=config.device, dtype=config.dtype, chat_template=chat_template, config=engine)
 
 

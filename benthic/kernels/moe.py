@@ -1,12 +1,11 @@
 """The mixture of experts for inference: experts, then the weighted sum per token.
 
-The experts' products come in one of four ways, `Rows` for very few tokens, `Tiles` for more, `Sorted` for thousands,
-`Fp8Tiles` in place of the last two for FP8 weights;
-what they leave is one output per token and chosen expert, rounded as the model rounds it. One small kernel, a program
-per token, then sums in the order of the slots, rounds where the model does (gate weights, routed sum, plus shared, plus
-residual), and norms the result for the next layer where that is asked for. Bytes: see the four files; the sum moves
-N (K + 2) d elements. Nothing is added atomically and nothing is synchronised with the host: results repeat bit for bit,
-and the calls may stand in a CUDA graph.
+The experts' products come in one of three ways, `Rows` for very few tokens, `Tiles` for more, `Sorted` for thousands;
+for FP8 weights the last two are `Fp8Tiles` and `Fp8Sorted`. What they leave is one output per token and chosen expert,
+rounded as the model rounds it. One small kernel, a program per token, then sums in the order of the slots, rounds where
+the model does (gate weights, routed sum, plus shared, plus residual), and norms the result for the next layer where
+that is asked for. Bytes: see the five files; the sum moves N (K + 2) d elements. Nothing is added atomically and
+nothing is synchronised with the host: results repeat bit for bit, and the calls may stand in a CUDA graph.
 
 Letters as in moe_weights.
 """
@@ -18,14 +17,18 @@ from torch import Tensor
 
 from benthic.kernels import chain
 from benthic.kernels.moe_fp8 import Fp8Tiles
+from benthic.kernels.moe_fp8_sorted import Fp8Sorted
 from benthic.kernels.moe_rows import Rows
 from benthic.kernels.moe_sorted import Sorted
 from benthic.kernels.moe_tiles import Tiles
 from benthic.kernels.moe_weights import ExpertWeights, moe_ref
 
-__all__ = ["ExpertWeights", "Fp8Tiles", "Rows", "Sorted", "Tiles", "Way", "choose_tiles", "moe", "moe_norm", "moe_ref"]
+__all__ = [
+    "ExpertWeights", "Fp8Sorted", "Fp8Tiles", "Rows", "Sorted", "Tiles", "Way", "choose_tiles", "moe", "moe_norm",
+    "moe_ref",
+]  # fmt: skip
 
-Way = Rows | Tiles | Fp8Tiles | Sorted
+Way = Rows | Tiles | Fp8Tiles | Fp8Sorted | Sorted
 
 
 @triton.jit
@@ -88,12 +91,14 @@ def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
     return Sorted()
 
 
-def _choose_fp8(pairs: float) -> Fp8Tiles:
+def _choose_fp8(pairs: float) -> Fp8Tiles | Fp8Sorted:
     if pairs <= 8:
         return Fp8Tiles()
     if pairs <= 28:
         return Fp8Tiles(block_m=32)
-    return Fp8Tiles(block_m=64, up_warps=8)  # taller ones run out of registers
+    if pairs <= 64:
+        return Fp8Tiles(block_m=64, up_warps=8)  # taller ones run out of registers
+    return Fp8Sorted()
 
 
 def _experts_and_sum(
@@ -108,7 +113,7 @@ def _experts_and_sum(
         return normed, out
     tiles = tiles or choose_tiles(n, k, len(weights.down_proj), weights.down_proj.dtype)
     place, shared = None, None
-    if isinstance(tiles, Sorted):
+    if isinstance(tiles, Sorted | Fp8Sorted):
         y, place, shared = tiles.outputs(x, weights, topk_ids)
     else:
         y = tiles.outputs(x, weights, topk_ids)

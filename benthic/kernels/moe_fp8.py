@@ -32,12 +32,12 @@ def _e4m3(value):
 
 
 @triton.jit
-def _quantise(x, codes, factors, stride_x, D: tl.constexpr, BLOCKS: tl.constexpr):
+def _quantise(x, codes, factors, stride_x, stride_f, stride_b, D: tl.constexpr, BLOCKS: tl.constexpr):
     token, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
     d = block[:, None] * 128 + tl.arange(0, 128)[None, :]
     code, factor = _e4m3(tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32))
     tl.store(codes + token * D + d, code, mask=d < D)
-    tl.store(factors + token * tl.cdiv(D, 128) + block, factor, mask=block < tl.cdiv(D, 128))
+    tl.store(factors + token * stride_f + block * stride_b, factor, mask=block < tl.cdiv(D, 128))
 
 
 @triton.jit
@@ -71,11 +71,14 @@ def _up(
     )
     i, width = block * 128 + tl.arange(0, 128), tl.where(shared, S * I, I)
     gate_sum, up_sum = tl.zeros([128, BLOCK_M], tl.float32), tl.zeros([128, BLOCK_M], tl.float32)
+    x_factors, gate_scale = x_factors + token * tl.cdiv(D, 128), gate_scale + block * tl.cdiv(D, 128)
+    up_scale += block * tl.cdiv(D, 128)
+    factor, gate_next, up_next = tl.load(x_factors, mask=live, other=0.0), tl.load(gate_scale), tl.load(up_scale)
     for start in range(0, D, 128):
-        at = start // 128
-        factor = tl.load(x_factors + token * tl.cdiv(D, 128) + at, mask=live, other=0.0)
-        gate_factor = factor * tl.load(gate_scale + block * tl.cdiv(D, 128) + at)
-        up_factor = factor * tl.load(up_scale + block * tl.cdiv(D, 128) + at)
+        gate_factor, up_factor = factor * gate_next, factor * up_next
+        at = tl.minimum(start // 128 + 1, (D - 1) // 128)  # the next factors are on their way meanwhile
+        factor = tl.load(x_factors + at, mask=live, other=0.0)
+        gate_next, up_next = tl.load(gate_scale + at), tl.load(up_scale + at)
         d = start + tl.arange(0, 128)
         tokens = tl.load(x + token[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
         at, mask = i[:, None] * D + d[None, :], (i < width)[:, None] & (d < D)[None, :]
@@ -105,14 +108,16 @@ def _down(
     d, row = first + tl.arange(0, BLOCK_N), h + token * ((K + S) * I) + slot * I
     row_factors = h_factors + token * (K * narrow + wide) + slot * narrow
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    factors += first // 128 * grid
+    row_factor, factor = tl.load(row_factors, mask=live, other=0.0), tl.load(factors)
     for start in range(0, width, 128):
-        factor = tl.load(row_factors + start // 128, mask=live, other=0.0)
-        factor *= tl.load(factors + first // 128 * grid + start // 128)
+        both, at = row_factor * factor, tl.minimum(start // 128 + 1, (width - 1) // 128)
+        row_factor, factor = tl.load(row_factors + at, mask=live, other=0.0), tl.load(factors + at)
         i = start + tl.arange(0, 128)
         pairs = tl.load(row[:, None] + i[None, :], mask=live[:, None] & (i < width)[None, :], other=0.0)
         at, mask = d[:, None] * width + i[None, :], (d < D)[:, None] & (i < width)[None, :]
         w = tl.load(matrix + at, mask=mask, other=0.0)
-        total += tl.dot(w, tl.trans(pairs)) * factor[None, :]
+        total += tl.dot(w, tl.trans(pairs)) * both[None, :]
     value = tl.trans(total.to(y.dtype.element_ty))
     tl.store(y + pair[:, None] * D + d[None, :], value, mask=live[:, None] & (d < D)[None, :])
 
@@ -157,11 +162,17 @@ class Fp8Tiles(ByExpert):
         return y
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, d], rows contiguous in themselves -> as `quantise_rows`, of the same bits, in one kernel."""
-    n, d = x.shape
-    codes = torch.empty(n, d, dtype=torch.float8_e4m3fn, device=x.device)
-    factors = torch.empty(n, triton.cdiv(d, 128), dtype=torch.float32, device=x.device)
-    blocks = triton.next_power_of_2(triton.cdiv(d, 128))
-    _quantise[(n,)](x, codes, factors, x.stride(0), D=d, BLOCKS=blocks)  # pyright: ignore[reportArgumentType]
+def quantise(x: Tensor, *, columns_first: bool = False) -> tuple[Tensor, Tensor]:
+    """x [N, d], rows contiguous in themselves -> as `quantise_rows`, of the same bits, in one kernel. `columns_first`:
+    the factors of a block of columns are neighbours, and N is filled up to a multiple of 4 with unwritten rows."""
+    (n, d), blocks = x.shape, triton.cdiv(x.shape[1], 128)
+    rows = -(-n // 4) * 4 if columns_first else n
+    shape = (blocks, rows) if columns_first else (rows, blocks)
+    codes = torch.empty(rows, d, dtype=torch.float8_e4m3fn, device=x.device)
+    factors = torch.empty(*shape, dtype=torch.float32, device=x.device)
+    factors = factors.t() if columns_first else factors
+    _quantise[(n,)](
+        x, codes, factors, x.stride(0), *factors.stride(), D=d,  # pyright: ignore[reportArgumentType]
+        BLOCKS=triton.next_power_of_2(blocks),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     return codes, factors

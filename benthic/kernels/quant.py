@@ -15,22 +15,24 @@ SMALLEST = 1e-4  # floor of a block's largest magnitude, as in the released code
 
 
 def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> (E4M3 [N, K], factors [ceil(N/b), ceil(K/b)] float32). Ragged edges are blocks of their own."""
-    n, k = weight.shape
-    blocks = _blocks(weight.float())  # [n, b, k, b]
-    scale = blocks.abs().amax((1, 3)).clamp(min=SMALLEST) / E4M3_MAX  # [n, k]
-    quantised = (blocks / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    return _whole(quantised)[:n, :k].to(torch.float8_e4m3fn), scale
+    """weight [..., N, K] -> (E4M3 [..., N, K], factors [..., ceil(N/b), ceil(K/b)] float32). Ragged edges are blocks of
+    their own."""
+    n, k = weight.shape[-2:]
+    blocks = _blocks(weight.float())  # [..., n, b, k, b]
+    scale = blocks.abs().amax((-3, -1)).clamp(min=SMALLEST) / E4M3_MAX  # [..., n, k]
+    quantised = (blocks / scale.unsqueeze(-1).unsqueeze(-3)).clamp(-E4M3_MAX, E4M3_MAX)
+    return _whole(quantised)[..., :n, :k].to(torch.float8_e4m3fn), scale
 
 
 def dequantise_blocks(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights [N, K] that E4M3 blocks and their factors stand for."""
-    n, k = weight.shape
-    expected = (-(-n // BLOCK), -(-k // BLOCK))
+    """The weights [..., N, K] that E4M3 blocks and their factors stand for."""
+    *stack, n, k = weight.shape
+    expected = (*stack, -(-n // BLOCK), -(-k // BLOCK))
     if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"factors have shape {tuple(scale_inv.shape)}, a weight of {n} x {k} needs {expected}")
-    blocks = _blocks(weight.float()) * scale_inv.float()[:, None, :, None]
-    return _whole(blocks)[:n, :k].to(dtype)
+        shape = " x ".join(map(str, weight.shape))
+        raise ValueError(f"factors have shape {tuple(scale_inv.shape)}, a weight of {shape} needs {expected}")
+    blocks = _blocks(weight.float()) * scale_inv.float().unsqueeze(-1).unsqueeze(-3)
+    return _whole(blocks)[..., :n, :k].to(dtype)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,11 +50,11 @@ def dequantise_rows(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _blocks(matrix: Tensor) -> Tensor:
-    """[N, K], zero-padded, as [N/b, b, K/b, b]."""
-    n, k = matrix.shape
+    """[..., N, K], zero-padded, as [..., N/b, b, K/b, b]."""
+    n, k = matrix.shape[-2:]
     padded = F.pad(matrix, (0, -k % BLOCK, 0, -n % BLOCK))
-    return padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    return padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
 
 
 def _whole(blocks: Tensor) -> Tensor:
-    return blocks.flatten(2, 3).flatten(0, 1)
+    return blocks.flatten(-2, -1).flatten(-3, -2)

@@ -23,7 +23,8 @@ from benthic.base.files import (
 )
 from benthic.base.tensors import Spec, check_finite, write_stream
 from benthic.kernels.quant import BLOCK, quantise_blocks
-from benthic.model.weights import FP8, INDEX, SCALE, WEIGHTS
+from benthic.model.linear import FP8, SCALE
+from benthic.model.weights import INDEX, WEIGHTS
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000

@@ -21,7 +21,9 @@ from benthic.base.log import megabytes
 from benthic.base.tensors import Spec
 from benthic.model.config import ModelConfig
 from benthic.model.export import CONFIG, SHARD_BYTES, Piece, in_blocks, is_quantised, plain, write_folder
+from benthic.model.fp8 import check_device, eligible, has_fp8, is_fp8, make_room, quantise_into
 from benthic.model.hf_config import FP8_SETTINGS, from_hf, to_hf
+from benthic.model.linear import FP8, SCALE
 from benthic.model.native import BIAS
 from benthic.model.native_config import from_native, is_native
 from benthic.model.transformer import Transformer
@@ -30,26 +32,29 @@ from benthic.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("benthic")
 VOCABULARY = "tokenizer.json"
+Quantization = Literal["auto", "none", "fp8"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def checkpoint_views(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(released name, tensor that shares the model's memory) for every parameter and gate bias, MTP copies excluded."""
+    """(released name, tensor that shares the model's memory) for every parameter, gate bias and factors of FP8 blocks,
+    MTP copies excluded."""
     for name, tensor in model.state_dict().items():
+        name, factors = (name.removesuffix(SCALE), SCALE) if name.endswith(SCALE) else (name, "")
         name = re.sub(r"^(embed_tokens|layers|norm)\b", r"model.\1", name)
         if match := re.match(r"mtp\.(\d+)\.(.*)", name):
             layer = model.config.num_hidden_layers + int(match[1])
             name = f"model.layers.{layer}.{match[2].removeprefix('block.')}"
         if name.endswith("routed_experts.gate_up_proj"):
-            for e, (gate, up) in enumerate(t.chunk(2, 0) for t in tensor):
+            for e, (gate, up) in enumerate(t if factors else t.chunk(2, 0) for t in tensor):
                 prefix = name.replace("routed_experts.gate_up_proj", f"experts.{e}")
-                yield f"{prefix}.gate_proj.weight", gate
-                yield f"{prefix}.up_proj.weight", up
+                yield f"{prefix}.gate_proj.weight{factors}", gate
+                yield f"{prefix}.up_proj.weight{factors}", up
         elif name.endswith("routed_experts.down_proj"):
             for e, down in enumerate(tensor):
-                yield name.replace("routed_experts.down_proj", f"experts.{e}.down_proj.weight"), down
+                yield name.replace("routed_experts.down_proj", f"experts.{e}.down_proj.weight") + factors, down
         else:
-            yield name, tensor
+            yield name + factors, tensor
 
 
 def repeated(config: ModelConfig) -> dict[str, str]:
@@ -77,8 +82,11 @@ def write_model(
     """Write a sealed model folder at `folder`, which must not exist: everything or nothing appears.
 
     `fp8` quantises what the released V3 files quantise. More than `shard_bytes` become shards with an index. Returns
-    the sha256 of each of the folder's files, for a manifest further out.
+    the sha256 of each of the folder's files, for a manifest further out. A model that is computed in FP8 has lost its
+    wider weights: InputError.
     """
+    if is_fp8(model):
+        raise InputError(f"the model for {folder} is FP8 already -> load it with quantization='none', or use convert")
     pieces = {name: _piece(name, t, fp8) for name, t in (*checkpoint_views(model), *shared_copies(model))}
     config = to_hf(model.config, str(model.head.dtype).removeprefix("torch."))
     config |= {"quantization_config": FP8_SETTINGS} if fp8 else {}
@@ -145,7 +153,8 @@ def stored_dtype(data: Mapping[str, Any]) -> str:
 def check_fit(weights: Weights, model: Transformer) -> None:
     """CheckpointError listing missing, extra and misshapen tensors, or naming an MTP copy that differs from its
     original. `model` may be on the meta device."""
-    views, copies = dict(checkpoint_views(model)), dict(shared_copies(model))
+    views = {name: tensor for name, tensor in checkpoint_views(model) if not name.endswith(SCALE)}
+    copies = dict(shared_copies(model))
     problems = weights.misfits(*({name: tuple(t.shape) for name, t in part.items()} for part in (views, copies)))
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -173,20 +182,35 @@ def _copy(weights: Weights, model: Transformer) -> None:
     views = dict(checkpoint_views(model))
     with torch.no_grad(), megabytes(f"read {weights.folder.name}", sum(map(weights.nbytes, weights.names))) as add:
         for name in weights.names:
-            if name in views:
+            if name in views and views[name].dtype == FP8:
+                _copy_blocks(weights.stored(name), name, views[name], views[name + SCALE])
+            elif name in views:
                 views[name].copy_(cast(name, weights[name], views[name].dtype))
             add(weights.nbytes(name))
+
+
+def _copy_blocks(stored: Mapping[str, Tensor], name: str, codes: Tensor, factors: Tensor) -> None:
+    """A weight as stored into FP8 blocks: bit for bit if it is blocks, else quantised on the model's device."""
+    if name + SCALE in stored:
+        codes.copy_(stored[name])
+        factors.copy_(stored[name + SCALE])
+    else:
+        quantise_into(codes, factors, stored[name].to(codes.device))
 
 
 def load(
     path: str | Path,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantization: Quantization = "none",
 ) -> tuple[Transformer, Tokenizer | None]:
     """(model, tokenizer) of a folder in the Hugging Face layout or DeepSeek's own; no tokenizer.json, no tokenizer.
 
     `auto` takes CUDA when there is a GPU, and the dtype that the file's `config.json` names. Sealed folders are
     checked against their manifest first, so that altered weights are an error and not wrong numbers.
+
+    `quantization`: fp8 computes with FP8 blocks, those of the files or made while loading; auto keeps blocks where the
+    files have them and the device computes in FP8; none dequantises. No more than one tensor is ever held twice.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -201,7 +225,7 @@ def load(
     name = stored_dtype(data) if dtype == "auto" else dtype
     if name not in DTYPES:
         raise InputError(f"dtype={name!r} -> use one of {', '.join(DTYPES)}")
-    model = empty(config, device, DTYPES[name])
+    model = empty(config, device, DTYPES[name], fp8=_keeps_fp8(weights, config, quantization, device, name))
     _copy(weights, model)
     tokenizer = Tokenizer.load(folder) if (folder / VOCABULARY).is_file() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -212,8 +236,30 @@ def load(
     return model.eval(), tokenizer
 
 
-def empty(config: ModelConfig, device: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> Transformer:
-    """A model with uninitialised weights in `dtype` on `device`, computing in `compute` (default: `dtype`)."""
+def _keeps_fp8(weights: Weights, config: ModelConfig, quantization: Quantization, device: str, dtype: str) -> bool:
+    """Whether the model's matrices become FP8."""
+    if quantization != "auto":
+        if quantization == "fp8":
+            check_device(device)
+        return quantization == "fp8"
+    shape = empty(config, "meta", torch.float32, fp8=True)
+    blocks = {name.removesuffix(SCALE) for name, _ in checkpoint_views(shape) if name.endswith(SCALE)}
+    held = [name for name in weights.names if weights.dtype(name) == FP8]
+    if not held or (has_fp8(device) and blocks <= set(held)):
+        return bool(held)
+    reason = f"{device} has no FP8 arithmetic" if not has_fp8(device) else "some projections are not FP8"
+    log.info("%s: FP8 weights are dequantised to %s, because %s", weights.folder, dtype, reason)
+    return False
+
+
+def empty(
+    config: ModelConfig, device: str, dtype: torch.dtype, compute: torch.dtype | None = None, *, fp8: bool = False
+) -> Transformer:
+    """A model with uninitialised weights in `dtype` on `device`, computing in `compute` (default: `dtype`). `fp8`: what
+    can be FP8 blocks, is."""
     with torch.device("meta"):
-        model = Transformer(config, dtype=compute or dtype)
-    return model.to(dtype).to_empty(device=device)
+        model = Transformer(config, dtype=compute or dtype).to(dtype)
+    if fp8:
+        for module, name in list(eligible(model)):
+            make_room(module, name)
+    return model.to_empty(device=device)

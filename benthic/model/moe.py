@@ -4,6 +4,7 @@ Letters: N tokens, d hidden, E routed experts, I expert width, K chosen.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +14,29 @@ from benthic.model.capacity import Capacity
 from benthic.model.config import ModelConfig
 from benthic.model.ffn import FFN
 from benthic.model.gate import Choice, Gate
+from benthic.model.linear import SCALE, Quantisable
 from benthic.parallel.dispatch import Dispatcher, Routed
 
 
-class Experts(nn.Module):
-    """All routed experts as two stacked tensors. x [N*K, d] sorted by expert, offs [E] -> [N*K, d]."""
+class Experts(Quantisable):
+    """All routed experts as two stacked tensors, gate above up. x [N*K, d] sorted by expert, offs [E] -> [N*K, d]."""
+
+    PARTS: ClassVar = {"gate_up_proj": 2, "down_proj": 1}
+    gate_up_proj_scale_inv: Tensor | None
+    down_proj_scale_inv: Tensor | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, i))
+        for name in self.PARTS:
+            self.register_buffer(name + SCALE, None)
 
     def forward(self, x: Tensor, offs: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj.to(x.dtype).transpose(-2, -1)  # [E, d, 2I]
+        gate_up = self.matrix("gate_up_proj", x.dtype).transpose(-2, -1)  # [E, d, 2I]
         gate, up = F.grouped_mm(x, gate_up, offs=offs).chunk(2, -1)  # [N*K, I] each
-        down = self.down_proj.to(x.dtype).transpose(-2, -1)  # [E, I, d]
+        down = self.matrix("down_proj", x.dtype).transpose(-2, -1)  # [E, I, d]
         return F.grouped_mm(F.silu(gate) * up, down, offs=offs)
 
 

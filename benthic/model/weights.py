@@ -14,10 +14,9 @@ from benthic.base.errors import CheckpointError
 from benthic.base.tensors import Spec, TensorFile, is_finite
 from benthic.kernels.quant import BLOCK, dequantise_blocks
 from benthic.model import native
+from benthic.model.linear import FP8, SCALE
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SCALE = "_scale_inv"  # suffix of the factors of an FP8 weight
-FP8 = torch.float8_e4m3fn
 FACTORS = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -54,7 +54,9 @@ def serve(config: ServeConfig) -> None:
 
 def _service(config: ServeConfig) -> Service:
     """The model, ready to chat. InputError where its chat template cannot be used with its tokenizer."""
-    limits = EngineConfig(max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len)
+    limits = EngineConfig(
+        max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len, quantization=config.quantization
+    )
     llm = LLM(config.model, device=config.device, dtype=config.dtype, chat_template=config.chat_template, config=limits)
     if llm.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer.json -> add the tokenizer that the model was trained with")

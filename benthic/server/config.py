@@ -30,6 +30,8 @@ class ServeConfig:
     """auto: cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; auto takes what the model's config.json names."""
+    quantization: Literal["auto", "none", "fp8"] = "auto"
+    """Weights of projections and experts: fp8, none (in dtype); auto: as they are stored, where the device has FP8."""
     chat_template: str = ""
     """Chat format: a name (v1, v2, v3, r1, v3.1) or the path of a Jinja file; empty takes the model's own."""
     thinking: Literal["auto", "on", "off"] = "auto"

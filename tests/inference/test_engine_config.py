@@ -152,7 +152,8 @@ def test_samples_keep_everything_but_seed_and_n():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("kv_cache_dtype", "int8"), ("backend", "cuda"), ("gpu_memory_utilization", 1.5)]
+    ("field", "value"),
+    [("kv_cache_dtype", "int8"), ("quantization", "int4"), ("backend", "cuda"), ("gpu_memory_utilization", 1.5)],
 )
 def test_cache_backend_and_memory_refuse_by_name_and_value(field, value):
     with pytest.raises(InputError, match=f"{field}={value!r}" if isinstance(value, str) else f"{field}={value} "):

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benthic.base.errors import InputError
+from benthic.kernels import linear_fp8, moe
+from benthic.kernels.quant import dequantise_rows, quantise_rows
 from benthic.model.cache import LatentCache
 from benthic.model.config import ModelConfig, RopeScaling
+from benthic.model.fp8 import eligible, make_room, to_fp8
 from benthic.model.init import initialise
+from benthic.model.linear import FP8, Linear
+from benthic.model.mla import MLA
 from benthic.model.transformer import Transformer
 
 fused = pytest.importorskip("benthic.inference.fused", reason="needs triton")
@@ -153,12 +159,101 @@ def test_weights_written_in_place_are_the_next_steps_weights(device) -> None:
     [({"kv_lora_rank": None, "q_lora_rank": None}, "kv_lora_rank=None"), ({"v_head_dim": 12}, "v_head_dim=12")],
 )
 def test_models_that_the_kernels_cannot_compute_are_refused(change, message) -> None:
-    from benthic.base.errors import InputError
-
     model = Transformer(dataclasses.replace(V3, num_key_value_heads=2, **change))
     cache = LatentCache(model.config, 16, "cpu", torch.float32)
     with pytest.raises(InputError, match=message):
         fused.Fused(model, cache, PAGE)
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """x [..., K] rounded to E4M3 per row and block of 128, as products of more than four tokens round it."""
+    rows = dequantise_rows(*quantise_rows(x.flatten(0, -2)))
+    return rows.view_as(x).to(x.dtype)
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain pass, with what enters a product in FP8 rounded to E4M3."""
+    linear, grouped = Linear.forward, torch.nn.functional.grouped_mm
+
+    def forward(self: Linear, x: Tensor) -> Tensor:
+        return linear(self, x if self.weight_scale_inv is None else in_blocks(x))
+
+    monkeypatch.setattr(Linear, "forward", forward)
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", lambda x, w, offs: grouped(in_blocks(x), w, offs=offs))
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large blocks: the interpreter's time goes by programs."""
+    few, many = linear_fp8.Rows(block=128), linear_fp8.Tiles(block_m=128, block_n=32)
+    rows, tiles, own = moe.Rows(up_block=128, up_chunk=2048, down_block=128), moe.Fp8Tiles(), moe.choose_tiles
+    monkeypatch.setattr(linear_fp8, "choose", lambda x, weight: few if len(x) <= 4 else many)
+    monkeypatch.setattr(
+        moe, "choose_tiles", lambda n, k, e, dtype: own(n, k, e, dtype) if dtype != FP8 else rows if n <= 4 else tiles
+    )
+
+
+RAGGED = dataclasses.replace(V3, hidden_size=144, q_lora_rank=136, intermediate_size=200, moe_intermediate_size=80)
+LONG = pytest.mark.skipif(False, reason="") if torch.cuda.is_available() else pytest.mark.long  # in the interpreter
+FP8_CONFIGS = pytest.mark.parametrize(
+    "config", [pytest.param(V3, marks=LONG, id="V3"), pytest.param(V2, id="V2"), pytest.param(RAGGED, id="ragged")]
+)
+
+
+def build_fp8(config: ModelConfig, device: str) -> Transformer:
+    """Matrices of unlike sizes, so that factors in the wrong place show."""
+    model = build(config, device)
+    for number, (module, name) in enumerate(eligible(model)):
+        getattr(module, name).data.mul_(0.5 + number % 4 / 2)
+    to_fp8(model)
+    return model
+
+
+@torch.no_grad()
+@FP8_CONFIGS
+@pytest.mark.usefixtures("exact_fp8", "coarse")
+def test_up_to_four_tokens_fp8_weights_give_the_plain_pass(config, device) -> None:
+    model = build_fp8(config, device)
+    rows = Rows(model, [9, 4], device)
+    found = [rows.forward.hidden(rows.tokens({}, {0: 4}))]
+    found += [rows.forward.hidden(rows.tokens({0: 2}, {})), rows.forward.hidden(rows.tokens({0: 1}, {1: 2}))[:1]]
+    close(torch.cat(found), model.hidden(tensor([rows.ids[0]], device))[0][0][:7])
+
+
+@torch.no_grad()
+@FP8_CONFIGS
+@pytest.mark.usefixtures("exact_fp8", "coarse", "rounding")
+def test_more_tokens_give_the_plain_pass_over_rounded_activations(config, device) -> None:
+    model = build_fp8(config, device)
+    rows = Rows(model, [21, 9, 30, 6, 7], device)
+    expected = [model.hidden(tensor([ids], device))[0][0] for ids in rows.ids]
+    found = rows.forward.hidden(rows.tokens({}, {0: 19, 1: 7, 2: 29, 3: 5, 4: 6}))
+    last = rows.forward.hidden(rows.tokens(dict.fromkeys(range(5), 1), {}))
+    found = [torch.cat(pair) for pair in zip(found.split([19, 7, 29, 5, 6]), last.split(1))]
+    for row in range(5):
+        error = (found[row] - expected[row][: rows.done[row]]).norm() / found[row].norm()
+        assert error < (0.1 if device == "cuda" else 1e-2)  # a sum that is rounded to the other side
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("exact_fp8", "coarse")
+def test_rounded_activations_stay_near_the_plain_pass(device) -> None:
+    """Without experts, whose choice jumps."""
+    model = build_fp8(dataclasses.replace(RAGGED, first_k_dense_replace=2, num_nextn_predict_layers=0), device)
+    rows = Rows(model, [30], device)
+    found = rows.forward.hidden(rows.tokens({}, {0: 30}))
+    expected = model.hidden(tensor([rows.ids[0]], device))[0][0]
+    assert 1e-3 < (found - expected).norm() / expected.norm() < 0.25
+
+
+def test_weights_of_one_input_in_two_formats_are_refused(device) -> None:
+    model = build(V3, device)
+    attention = model.layers[0].self_attn
+    assert isinstance(attention, MLA)
+    make_room(attention.q_a_proj, "weight")
+    with pytest.raises(InputError, match=r"same input in torch\.float8_e4m3fn, torch"):
+        Rows(model, [3], device)
 
 
 def test_a_second_engine_on_the_same_model_leaves_the_weights_where_they_are(device) -> None:

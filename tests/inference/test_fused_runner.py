@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused import V2, V3, build
+from test_fused import V2, V3, build, coarse  # noqa: F401  (a fixture)
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
@@ -148,6 +148,35 @@ def test_requests_that_come_and_go_between_steps_answer_as_alone(device) -> None
     for i in (0, 2, 3):
         assert found[ids[i]] == alone[i]
     assert found[ids[1]] == alone[1][: len(found[ids[1]])]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"), [pytest.param("fp8", torch.float32, marks=LONG), ("auto", torch.float16)]
+)
+@pytest.mark.usefixtures("exact_fp8", "coarse")
+def test_after_update_weights_captured_graphs_compute_with_the_new_weights(quantization, dtype, device) -> None:
+    """float32 masters, of which a trainer may think as its own; a replica in FP8 or half precision."""
+    config = dataclasses.replace(V2, num_hidden_layers=1, first_k_dense_replace=0)
+    model, other = build(config, "cpu").to(device), build(config, "cpu").to(device)
+    model.dtype = dtype
+    limits = EngineConfig(
+        backend="fused", quantization=quantization, page_size=16, max_model_len=32, max_num_seqs=2, num_pages=8
+    )
+    asked, params = prompts(5, 3), dataclasses.replace(GREEDY, max_tokens=4)
+
+    def answers(engine: Engine) -> list[list[float]]:
+        return [output.logprobs for output in engine.generate(asked, params)]
+
+    engine = Engine(model, None, limits)
+    old = answers(engine)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters()):
+            mine.copy_(theirs.flip(0))
+    fresh = answers(Engine(model, None, limits))
+    assert answers(engine) not in (old, fresh)  # what is shared has changed already
+    engine.update_weights()
+    assert answers(engine) == fresh != old
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @LONG

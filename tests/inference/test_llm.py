@@ -4,8 +4,10 @@ import pytest
 
 from benthic.base.errors import InputError
 from benthic.inference.config import EngineConfig, SamplingParams
+from benthic.inference.engine import Engine
 from benthic.inference.llm import LLM
-from benthic.model.hf import write_model
+from benthic.model.fp8 import is_fp8, to_fp8
+from benthic.model.hf import load, write_model
 from benthic.model.init import initialise
 from benthic.model.transformer import Transformer
 from benthic.tokenizer import bpe, chat
@@ -32,6 +34,20 @@ def test_text_prompts_get_the_begin_of_sentence_and_give_text(folder):
     assert one[0].prompt_token_ids == ids
     assert llm.generate([ids], GREEDY)[0].token_ids == one[0].token_ids
     assert one[0].text == llm.tokenizer.decode(one[0].token_ids, skip_special=True) != ""
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["blocks in the files", "wide files"])
+def test_fp8_weights_are_those_of_the_files_or_made_while_loading(folder, tmp_path, stored):
+    model, tokenizer = load(folder, device="cpu")
+    write_model(tmp_path / "m", model, tokenizer, fp8=stored)
+    llm = LLM(tmp_path / "m", device="cpu", config=EngineConfig(quantization="fp8"))
+    assert is_fp8(llm.engine.model)
+    assert llm.engine.replica.model is llm.engine.model
+    model, _ = load(tmp_path / "m", device="cpu")
+    to_fp8(model)
+    expected = Engine(model, tokenizer, EngineConfig(backend="plain")).generate([[5, 9, 30, 2]], GREEDY)
+    found = llm.generate([[5, 9, 30, 2]], GREEDY)
+    assert found[0].logprobs == pytest.approx(expected[0].logprobs, abs=1e-5)
 
 
 def test_chat_sends_exactly_the_rendered_conversation(folder):

@@ -227,3 +227,13 @@ def test_latents_that_the_formats_do_not_pack_are_refused(cache_loss, width):
     with pytest.raises(InputError, match=f"kv_lora_rank={width}"):
         cache_loss.check(dataclasses.replace(tiny.model(), kv_lora_rank=width), 256)
     cache_loss.check(dataclasses.replace(tiny.model(), kv_lora_rank=128), 256)
+
+
+def test_presets_are_measured_with_fp8_weights(monkeypatch, capsys):
+    monkeypatch.setitem(bench.MODELS, "small", lambda: SHAPE)
+    monkeypatch.setattr(bench, "find", lambda name: SHAPE)
+    options = ["--batch", "1", "--input-len", "8", "--output-len", "4", "--device", "cpu", "--quantization", "fp8"]
+    assert cli.main(["bench", "decode", "small", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"] == "fp8"
+    assert cli.main(["bench", "decode", "small", *options]) == 0
+    assert "float32, FP8 weights, cpu" in capsys.readouterr().out

@@ -39,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from benthic.jobs import convert
 from benthic.jobs.config import ConvertConfig
-from benthic.model import hf, weights
+from benthic.model import fp8, hf, weights
 
 def memory(key):
     line = next(line for line in open("/proc/self/status") if line.startswith(key))
@@ -48,6 +48,10 @@ def memory(key):
 def work(what, folder, output, dtype):
     if what == "load":
         hf.load(folder, device="cpu")
+    elif what == "load as FP8":
+        hf.load(folder, device="cpu", quantization="fp8")
+    elif what == "load, then quantise":
+        fp8.to_fp8(hf.load(folder, device="cpu")[0])
     elif what == "map all shards and copy":
         model = hf.empty(hf.read_config(folder), "cpu", torch.float32)
         files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
@@ -100,6 +104,12 @@ def test_loading_needs_the_model_and_at_most_one_shard(big: tuple[Path, int], tm
     bound = size + size // SHARDS + SLACK
     loading, control = peaks(folder, tmp_path, "load", "map all shards and copy")
     assert 0.9 * size < loading < bound < control
+
+
+def test_weights_become_fp8_while_they_are_loaded(big: tuple[Path, int], tmp_path: Path) -> None:
+    folder, size = big
+    loading, control = peaks(folder, tmp_path, "load as FP8", "load, then quantise")
+    assert loading < 0.5 * size + SLACK < size < control
 
 
 @pytest.mark.parametrize("dtype", ["auto", *(pytest.param(dtype, marks=pytest.mark.long) for dtype in LOSSY)])
