@@ -177,7 +177,7 @@ class Fused:
     def mixture(
         self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm
     ) -> tuple[Tensor, Tensor]:
-        """delta added to x [N, d], their norm through the experts, added -> (its norm for what comes `after`, the sum)."""
+        """delta and, of its norm, the experts added to x [N, d] -> (its norm for what comes `after`, the sum)."""
         c, gate = self.model.config, mlp.gate
         normed, x, logits = route.add_norm_logits(delta, x, middle.weight, middle.eps, gate.weight)
         ids, weights = route.choose(

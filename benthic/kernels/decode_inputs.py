@@ -1,7 +1,7 @@
 """What a step of decode rows begins with, in two launches where plain torch takes thirty: the rows' tokens, and angles.
 
 A program per row follows what the device alone knows (the token chosen last, how many drafts were accepted) and finds
-the slots. A program per token turns its position into cosines and sines. A few hundred bytes per row; bound by launches.
+the slots. A program per token turns its position into cosines and sines. Hundreds of bytes per row; bound by launches.
 
 Letters: B rows, Q queries of each, W pages per row, N tokens, P rotary width.
 """
