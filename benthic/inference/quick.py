@@ -24,8 +24,8 @@ def pick(logits: Tensor, controls: Controls, where: Tensor, cut: bool) -> Tensor
     def each(values: Tensor) -> Tensor:
         return values.unsqueeze(1).expand(p, k).flatten()  # [P] -> [P K]
 
-    heats = logits.new_ones(p, dtype=torch.float32) if controls.temperature is None else controls.temperature
-    weights = Weights(logits.reshape(p * k, v), peaks.flatten(), each(heats))
+    heats = None if controls.temperature is None else each(controls.temperature)
+    weights = Weights(logits.reshape(p * k, v), peaks.flatten(), heats)
     if cut:
         if (limit := controls.top_k) is not None:
             weights.cut_to(each(_of_every_row(limit, p, 0)))

@@ -3,10 +3,11 @@ logits wherever they are needed.
 
 Every cut (the k best, the best with a share p) keeps a beginning of one ranking: by the distance below the likeliest
 logit, whose bits as an integer are the rank, then by id. So all cuts of a row together are two numbers, the last rank
-that is kept and the last id at that rank. `cut` finds them, a program per row, by walking down the rank's bits two at a
-time; each of the 17 walks over the row reads it from L2. Sums are of integers and exact in any order.
+that is kept and the last id at that rank. `_cut` finds them, a program per row, by walking down the rank's bits two at
+a time, until one rank is left: at most 18 walks over the row, which lies in L2. Sums are of integers and exact in any
+order.
 
-Bytes: the logits once or twice from memory; `cut` is bound by exponentials and L2.
+Bytes: the logits once or twice from memory; `_cut` is bound by its arithmetic, some 60 instructions per token and walk.
 
 Letters: R rows, V vocabulary, M blocks of tokens.
 """
@@ -20,21 +21,22 @@ EVERY = 2**31 - 1  # rank of a row that keeps all
 
 
 @triton.jit
-def _amounts(row, i, V, top, heat, COUNT: tl.constexpr):
-    """(rank, weight) of tokens i: the weight is 1 if COUNT."""
+def _amounts(row, i, V, top, heat, COUNT: tl.constexpr, HOT: tl.constexpr):
+    """(rank, weight) of tokens i: the weight is 1 if COUNT; unless HOT, the temperature is 1."""
     inside = i < V
     below = tl.load(row + i, mask=inside, other=-float("inf")).to(tl.float32) - top
     rank = below.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if COUNT:
         weight = inside.to(tl.int64)
     else:
-        weight = (tl.exp(tl.div_rn(below, heat)) * 17592186044416.0).to(tl.int64)
+        weight = (tl.exp(tl.div_rn(below, heat) if HOT else below) * 17592186044416.0).to(tl.int64)
     return rank, weight
 
 
 @triton.jit
 def _cut(
-    logits, peaks, heats, limits, edges, lasts, stride, V, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, peaks, heats, limits, edges, lasts, stride, V,
+    COUNT: tl.constexpr, HOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Shortens what (edge, last) of each row keep. limits: how many (COUNT), or which share of the weight."""
     n = tl.program_id(0).to(tl.int64)
@@ -49,37 +51,45 @@ def _cut(
             sums = tl.zeros([BLOCK], tl.int64)
             for start in range(0, V, BLOCK):
                 i = start + tl.arange(0, BLOCK)
-                rank, weight = _amounts(row, i, V, top, heat, COUNT)
+                rank, weight = _amounts(row, i, V, top, heat, COUNT, HOT)
                 sums += tl.where((rank < edge) | ((rank == edge) & (i <= last)), weight, 0)
             target = tl.ceil(limit * tl.sum(sums, 0).to(tl.float64)).to(tl.int64)
             target = tl.maximum(target, 1)
-        low, under = edge * 0, target * 0  # the last rank kept so far, and the weight of all ranks before it
-        for step in range(16):
-            shift = 30 - 2 * step
-            first, second, third = low + (1 << shift), low + (2 << shift), low + (3 << shift)
+        low, under = edge * 0, target * 0  # all ranks before low are kept, and weigh so much
+        shift = edge * 0 + 30
+        while shift >= 0:
+            step = edge * 0 + 1 << shift
+            one, two, three = low + step, low + 2 * step, low + 3 * step
+            if shift == 30:  # a rank has 31 bits
+                two, three = one, one
             sums_1, sums_2 = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
             sums_3 = tl.zeros([BLOCK], tl.int64)
+            least, most = tl.full([BLOCK], 0x7FFFFFFF, tl.int32), tl.zeros([BLOCK], tl.int32)
             for start in range(0, V, BLOCK):
                 i = start + tl.arange(0, BLOCK)
-                rank, weight = _amounts(row, i, V, top, heat, COUNT)
+                rank, weight = _amounts(row, i, V, top, heat, COUNT, HOT)
                 weight = tl.where((rank < edge) | ((rank == edge) & (i <= last)), weight, 0)
-                sums_1 += tl.where(rank < first, weight, 0)
-                sums_2 += tl.where(rank < second, weight, 0)
-                sums_3 += tl.where(rank < third, weight, 0)
-            one, two, three = tl.sum(sums_1, 0), tl.sum(sums_2, 0), tl.sum(sums_3, 0)
-            if step > 0:  # a rank has 31 bits: of the first two only the lower counts
-                if three < target:
-                    low, under = third, three
-                elif two < target:
-                    low, under = second, two
-                elif one < target:
-                    low, under = first, one
-            elif one < target:
-                low, under = first, one
+                sums_1 += tl.where(rank < one, weight, 0)
+                sums_2 += tl.where(rank < two, weight, 0)
+                sums_3 += tl.where(rank < three, weight, 0)
+                here = (rank >= low) & ((rank - low) >> shift < 4)  # where the last rank must lie
+                least = tl.minimum(least, tl.where(here, rank, 0x7FFFFFFF))
+                most = tl.maximum(most, tl.where(here, rank, 0))
+            under_1, under_2, under_3 = tl.sum(sums_1, 0), tl.sum(sums_2, 0), tl.sum(sums_3, 0)
+            lowest, highest = tl.min(least, 0), tl.max(most, 0)
+            if lowest == highest:  # one rank is left
+                low, shift = lowest, edge * 0
+            elif under_3 < target:
+                low, under = three, under_3
+            elif under_2 < target:
+                low, under = two, under_2
+            elif under_1 < target:
+                low, under = one, under_1
+            shift -= 2
         found, so_far = last * 0 + V, under
         for start in range(0, V, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            rank, weight = _amounts(row, i, V, top, heat, COUNT)
+            rank, weight = _amounts(row, i, V, top, heat, COUNT, HOT)
             upto = so_far + tl.cumsum(tl.where(rank == low, weight, 0), 0)
             found = tl.minimum(found, tl.min(tl.where((upto >= target) & (rank == low), i, V), 0))
             so_far = tl.max(upto, 0)
@@ -90,7 +100,7 @@ def _cut(
 @triton.jit
 def _weigh(
     logits, peaks, heats, edges, lasts, leasts, chosen, out, stride, V, M,
-    SIZE: tl.constexpr, GROUP: tl.constexpr, SUM: tl.constexpr,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, SUM: tl.constexpr, HOT: tl.constexpr,
 ):  # fmt: skip
     """SUM: the weight of each of GROUP blocks of SIZE tokens; else the weights of the row's chosen block."""
     n = tl.program_id(0).to(tl.int64)
@@ -100,7 +110,7 @@ def _weigh(
         tl.program_id(1) * GROUP + tl.arange(0, GROUP) if SUM else tl.load(chosen + n).to(tl.int32) + tl.arange(0, 1)
     )
     i = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    rank, weight = _amounts(row, i, V, top, heat, False)  # pyright: ignore[reportArgumentType]
+    rank, weight = _amounts(row, i, V, top, heat, False, HOT)  # pyright: ignore[reportArgumentType]
     weight = tl.where(((rank < edge) | ((rank == edge) & (i <= last))) & (weight >= least), weight, 0)
     if SUM:
         tl.store(out + n * M + block, tl.sum(weight, 1), mask=block < M)
@@ -109,18 +119,20 @@ def _weigh(
 
 
 class Weights:
-    """logits [R, V] of any dtype, rows contiguous, and their peaks [R] and temperatures [R] float32 -> weights, cut.
+    """logits [R, V] of any dtype, rows contiguous, their peaks [R] and temperatures [R] float32 (None: 1) -> weights.
 
     `cut_to` shortens what is kept, in the order of the calls; `sums` and `of_block` give int64 weights.
     """
 
-    def __init__(self, logits: Tensor, peaks: Tensor, heats: Tensor, *, block: int = 4096, num_warps: int = 16):
+    def __init__(self, logits: Tensor, peaks: Tensor, heats: Tensor | None, *, block: int = 4096, num_warps: int = 16):
         (r, self.v), device = logits.shape, logits.device
-        if logits.stride(1) != 1 or peaks.shape != (r,) or heats.shape != (r,):
-            raise ValueError(f"logits {tuple(logits.shape)}, peaks {tuple(peaks.shape)}, heats {tuple(heats.shape)}")
-        if peaks.dtype != torch.float32 or heats.dtype != torch.float32:
-            raise ValueError(f"peaks are {peaks.dtype}, heats {heats.dtype} -> use float32")
-        self.logits, self.peaks, self.heats = logits, peaks.contiguous(), heats.contiguous()
+        if logits.stride(1) != 1:
+            raise ValueError(f"logits have strides {logits.stride()} -> rows must be contiguous")
+        for name, values in (("peaks", peaks), ("temperatures", peaks if heats is None else heats)):
+            if values.shape != (r,) or values.dtype != torch.float32:
+                raise ValueError(f"{name} {tuple(values.shape)} {values.dtype} for {r} rows -> float32, one per row")
+        self.logits, self.peaks, self.hot = logits, peaks.contiguous(), heats is not None
+        self.heats = self.peaks if heats is None else heats.contiguous()
         self.edges = torch.full((r,), EVERY, dtype=torch.int32, device=device)
         self.lasts = torch.full((r,), self.v - 1, dtype=torch.int32, device=device)
         self.leasts = torch.zeros(r, dtype=torch.int64, device=device)
@@ -132,7 +144,7 @@ class Weights:
             raise ValueError(f"limits {tuple(limits.shape)} {limits.dtype} for {len(self.peaks)} rows")
         _cut[(len(self.peaks),)](
             self.logits, self.peaks, self.heats, limits.contiguous(), self.edges, self.lasts, self.logits.stride(0),
-            self.v, COUNT=limits.dtype == torch.int64, BLOCK=self.block,
+            self.v, COUNT=limits.dtype == torch.int64, HOT=self.hot, BLOCK=self.block,
             num_warps=self.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
@@ -154,16 +166,16 @@ class Weights:
         _weigh[len(self.peaks), programs](
             self.logits, self.peaks, self.heats, self.edges, self.lasts, self.leasts, chosen, out,
             self.logits.stride(0), self.v, out.shape[1],
-            SIZE=size, GROUP=group, SUM=total,  # pyright: ignore[reportArgumentType]
+            SIZE=size, GROUP=group, SUM=total, HOT=self.hot,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
 
 
 def weights_ref(
-    logits: Tensor, peaks: Tensor, heats: Tensor, k: Tensor | None = None, share: Tensor | None = None
+    logits: Tensor, peaks: Tensor, heats: Tensor | None, k: Tensor | None = None, share: Tensor | None = None
 ) -> Tensor:
     """[R, V] int64: after the cut to the k [R] best, then to those with `share` [R] of what is left, by sorting."""
     below = logits.float() - peaks[:, None]
-    weights = ((below / heats[:, None]).exp() * 2.0**44).long()
+    weights = ((below if heats is None else below / heats[:, None]).exp() * 2.0**44).long()
     order = below.argsort(descending=True, stable=True)
     ranked = weights.gather(1, order)
     if k is not None:
