@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.errors import InputError
-from benthic.kernels import latent_store, mla_decode, moe, norm, route
-from benthic.kernels.gemv import linear
+from benthic.inference.ways import Fastest, Fixed, Ways
+from benthic.kernels import latent_store, moe, norm, route
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
@@ -71,12 +71,16 @@ class Tokens:
 
 
 class Fused:
-    """`hidden(tokens)` and `mtp_hidden(...)` of `model` over `cache`, whose pages hold `page_size` tokens."""
+    """`hidden(tokens)` and `mtp_hidden(...)` of `model` over `cache`, whose pages hold `page_size` tokens.
 
-    def __init__(self, model: Transformer, cache: LatentCache, page_size: int):
+    `deterministic`: a token's result is the same in any company; every token must be a decode row of one query.
+    """
+
+    def __init__(self, model: Transformer, cache: LatentCache, page_size: int, deterministic: bool = False):
         if reason := unfit(model):
             raise InputError(f"{reason} -> use the plain forward pass")
         self.model, self.cache, self.page_size = model, cache, page_size
+        self.ways: Ways = Fixed() if deterministic else Fastest()
         device = model.embed_tokens.weight.device
         self.frequencies, self.turn = frequencies(model.config, device), turn_factor(model.config)
         with torch.no_grad():
@@ -87,15 +91,16 @@ class Fused:
                     lay_together(module.gate_proj, module.up_proj)
         self.experts = {module: of_module(module) for module in model.modules() if isinstance(module, MoE)}
 
-    def hidden(self, tokens: Tokens) -> Tensor:
-        """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards."""
+    def hidden(self, tokens: Tokens, choices: list[Tensor] | None = None) -> Tensor:
+        """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards, and
+        every mixture layer's experts [N, K] int32 in `choices`."""
         angles = self.angles(tokens.positions)
         blocks: list[Block] = list(self.model.layers)  # type: ignore[arg-type]
         norms = [block.input_layernorm for block in blocks]
         x = F.embedding(tokens.ids, self.model.embed_tokens.weight)
         normed = rms_norm(norms[0], x)
         for layer, (block, after) in enumerate(zip(blocks, [*norms[1:], self.model.norm])):
-            normed, x = self.block(layer, block, normed, x, after, tokens, angles)
+            normed, x = self.block(layer, block, normed, x, after, tokens, angles, choices)
         return normed
 
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
@@ -103,7 +108,7 @@ class Fused:
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
         embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
-        x = F.linear(both, module.eh_proj.weight)
+        x = self.ways.linear(both, module.eh_proj.weight)
         layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
         angles = self.angles(tokens.positions)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
@@ -115,17 +120,17 @@ class Fused:
 
     def block(
         self, layer: int, block: Block, normed: Tensor, x: Tensor, after: RMSNorm, tokens: Tokens,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor], choices: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One layer: the residual stream x [N, d] and its norm for this layer -> the same for what comes `after`."""
         delta = self.attention(layer, block.self_attn, normed, tokens, angles)  # type: ignore[arg-type]
         middle = block.post_attention_layernorm
         normed, x = norm.add_rms_norm(delta, x, middle.weight, middle.eps)
-        return self.feed_forward(block.mlp, normed, x, after)  # type: ignore[arg-type]
+        return self.feed_forward(block.mlp, normed, x, after, choices)  # type: ignore[arg-type]
 
     def attention(self, layer: int, attn: MLA, x: Tensor, tokens: Tokens, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, d] -> [N, d]: absorbed for the decode rows, decompressed for the prompts."""
-        latents = self.cache.layers[layer]
+        latents, linear = self.cache.layers[layer], self.ways.linear
         query = attn.q_a_proj if attn.compressed else attn.q_proj
         width = query.weight.shape[0]
         q, kv_a = linear(x, together(query, attn.kv_a_proj_with_mqa)).tensor_split([width], -1)
@@ -142,12 +147,13 @@ class Fused:
         if tokens.decode is not None:
             n = tokens.decode.rows * tokens.decode.queries
             w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
-            q_latent = torch.bmm(q[:n, :, :d].transpose(0, 1), w_uk)  # [H, n, R], W^UK absorbed into the query
-            o_latent = mla_decode.mla_decode(
+            # [H, n, R], W^UK absorbed into the query
+            q_latent = self.ways.heads(q[:n, :, :d].transpose(0, 1), w_uk.transpose(1, 2))
+            o_latent = self.ways.attend(
                 q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context,
                 page_size=self.page_size, scale=attn.scale,
             )  # fmt: skip
-            torch.bmm(o_latent, w_uv.transpose(1, 2), out=out[:n].transpose(0, 1))  # W^UV absorbed into the output
+            self.ways.heads(o_latent, w_uv, out[:n].transpose(0, 1))  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
             out[n:] = self.prompts(attn, q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:], latents, tokens.prefill)
         return linear(out.flatten(1), attn.o_proj.weight)
@@ -170,23 +176,33 @@ class Fused:
             result = merge(result, part)
         return result[0]
 
-    def feed_forward(self, mlp: FFN | MoE, normed: Tensor, x: Tensor, after: RMSNorm) -> tuple[Tensor, Tensor]:
+    def feed_forward(
+        self, mlp: FFN | MoE, normed: Tensor, x: Tensor, after: RMSNorm, choices: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """normed [N, d] through the network, added to x [N, d] -> (its norm for what comes `after`, the sum)."""
         if isinstance(mlp, FFN):
-            return norm.add_rms_norm(dense(mlp, normed), x, after.weight, after.eps)
+            return norm.add_rms_norm(dense(mlp, normed, self.ways), x, after.weight, after.eps)
         c, gate = self.model.config, mlp.gate
         ids, weights = route.route(
             normed, gate.weight, gate.e_score_correction_bias, num_experts_per_tok=c.num_experts_per_tok,
             scoring_func=c.scoring_func, topk_method=c.topk_method, n_group=c.n_group, topk_group=c.topk_group,
-            norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
+            norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor, tiles=self.ways.router,
         )  # fmt: skip
-        return moe.moe_norm(normed, self.experts[mlp], ids, weights, x, after.weight, after.eps)
+        if choices is not None:
+            choices.append(ids)
+        experts = self.experts[mlp]
+        tiles = self.ways.experts(experts.down_proj.dtype)
+        return moe.moe_norm(normed, experts, ids, weights, x, after.weight, after.eps, tiles=tiles)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, d] -> float32 logits [N, V]; of the deterministic kernels perhaps a few more, all -inf."""
+        return self.ways.logits(self.model, hidden)
 
 
-def dense(network: FFN, x: Tensor) -> Tensor:
+def dense(network: FFN, x: Tensor, ways: Ways) -> Tensor:
     """SwiGLU of x [N, d]."""
-    middle = silu_times_up(linear(x, together(network.gate_proj, network.up_proj)))
-    return linear(middle, network.down_proj.weight)
+    middle = silu_times_up(ways.linear(x, together(network.gate_proj, network.up_proj)))
+    return ways.linear(middle, network.down_proj.weight)
 
 
 def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:

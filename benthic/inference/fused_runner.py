@@ -22,7 +22,7 @@ from benthic.inference import sampler
 from benthic.inference.config import EngineConfig
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
-from benthic.inference.packed import Chunks, DecodeRows, Feed, chunk_rows, decode_array, decode_rows, joined
+from benthic.inference.packed import Chunks, DecodeRows, Feed, apart, chunk_rows, decode_array, decode_rows, joined
 from benthic.inference.request import Seq
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
@@ -103,7 +103,8 @@ class FusedRunner:
         self.model, self.config, self.vocab_size = model, config, vocab_size
         self.device = model.embed_tokens.weight.device
         self.cache, self.ids = make_cache(model, config)
-        self.forward = Fused(model, self.cache, config.page_size)
+        self.forward = Fused(model, self.cache, config.page_size, config.deterministic)
+        self.joined = apart if config.deterministic else joined
         self.queries = 1 + config.num_speculative_tokens
         rows = config.max_num_seqs
         self.feed = Feed(
@@ -174,9 +175,9 @@ class FusedRunner:
 
         def step() -> tuple[DecodeRows, Tokens, Tensor, Tensor]:
             found = decode_rows(data, self.queries, self.feed, self.config.page_size)
-            tokens = joined(found, None)
+            tokens = self.joined(found, None)
             hidden = self._hidden(tokens)
-            return found, tokens, hidden, self.model.logits(hidden).view(rows, self.queries, -1)
+            return found, tokens, hidden, self.forward.logits(hidden).view(rows, self.queries, -1)
 
         graph, (found, tokens, hidden, logits) = self.gpu.graph(step)
         captured = Captured(data, found, tokens, hidden, logits, graph)
@@ -198,12 +199,12 @@ class FusedRunner:
             width = max(len(seq.pages) for seq in plan.seqs[:d])
             data = torch.from_numpy(decode_array(plan, d, self.queries, width)).to(self.device)
             found = decode_rows(data, self.queries, self.feed, self.config.page_size)
-        tokens = joined(found, chunks)
+        tokens = self.joined(found, chunks)
         hidden = self._hidden(tokens)
         n, parts = d * self.queries, []
         next_ids = chunks.next_ids
         if found is not None:
-            logits = self.model.logits(hidden[:n]).view(d, self.queries, -1)
+            logits = self.forward.logits(hidden[:n]).view(d, self.queries, -1)
             controls = self._controls(plan.seqs[:d])
             choice = self._choose(logits, controls, found.first + 1, partial(self._paged, found), masks[0])
             parts.append((choice, accept(found, choice.tokens), controls))
@@ -211,7 +212,7 @@ class FusedRunner:
         seqs = plan.seqs[d:]
         controls = controls_of.build(seqs, self.device)
         places = chunks.tokens[1][chunks.last] + 1
-        logits = self.model.logits(hidden[n + chunks.last]).unsqueeze(1)
+        logits = self.forward.logits(hidden[n + chunks.last]).unsqueeze(1)
         choice = self._choose(logits, controls, places, partial(self._listed, seqs), masks[1])
         whole = torch.tensor([s + c == seq.fill for seq, s, c in zip(seqs, plan.starts[d:], plan.counts[d:])])
         at = n + chunks.last
@@ -235,7 +236,7 @@ class FusedRunner:
                 at, places = n + chunks.last, chunks.tokens[1][chunks.last] + 1
             drafts = choice.tokens[:, :0]
             if ahead is not None:
-                guess = self.model.logits(ahead[at])
+                guess = self.forward.logits(ahead[at])
                 drafts = sampler.propose(guess, controls, places + 1, self.vocab_size).unsqueeze(1)
             begin = len(parts[0][1]) if chosen else 0
             self._keep(begin, choice, accepted, drafts)
@@ -289,7 +290,7 @@ class FusedRunner:
             ahead = self.forward.mtp_hidden(hidden, next_ids, tokens, 0)
             at = torch.arange(b, device=self.device) * self.queries + accepted
             places = found.first[:b] + 2 + accepted
-            drafts = sampler.propose(self.model.logits(ahead[at]), controls, places, self.vocab_size).unsqueeze(1)
+            drafts = sampler.propose(self.forward.logits(ahead[at]), controls, places, self.vocab_size).unsqueeze(1)
         self._keep(0, choice, accepted, drafts)
         return Chosen(choice, accepted, drafts)
 
