@@ -38,8 +38,8 @@ class Tiles:
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _product(
-    x, weight, out, n_tokens, stride_xg, stride_xn, stride_wg, stride_wm, stride_wd, stride_os, stride_og, stride_on,
-    M: tl.constexpr, D: tl.constexpr, STRETCH: tl.constexpr, APART: tl.constexpr,
+    x, weight, out, n_tokens, M, stride_xg, stride_xn, stride_wg, stride_wm, stride_wd, stride_os, stride_og, stride_on,
+    D: tl.constexpr, STRETCH: tl.constexpr, APART: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """APART: the program of a stretch leaves its sum in out[stretch]; else there is one program, and all are added."""
@@ -70,13 +70,13 @@ def _product(
     tl.store(into, total.to(out.dtype.element_ty), mask=(n < n_tokens)[:, None] & (m < M)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def _add(parts, out, n_tokens, stride_og, stride_on, G: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_tokens", "rows"])
+def _add(parts, out, n_tokens, rows, M, stride_og, stride_on, S: tl.constexpr, BLOCK: tl.constexpr):
     """parts [S, G, N, M] -> their sum in order [G, N, M]."""
     row, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(S):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(parts + (s * G * n_tokens.to(tl.int64) + row) * M + m, mask=m < M, other=0.0)
+        total += tl.load(parts + (s * rows.to(tl.int64) + row) * M + m, mask=m < M, other=0.0)
     into = out + row // n_tokens * stride_og + row % n_tokens * stride_on
     tl.store(into + m, total.to(out.dtype.element_ty), mask=m < M)
 
@@ -105,12 +105,12 @@ def products(
     apart = stretches > 1 and (count * g < PROGRAMS if apart is None else apart)
     into = torch.empty(stretches, g, n, m, dtype=torch.float32, device=x.device) if apart else out.unsqueeze(0)
     _product[count, stretches if apart else 1, g](
-        x, weight, into, n, x.stride(0), x.stride(1), *weight.stride(), *into.stride()[:3],
-        M=m, D=d, STRETCH=t.stretch, APART=apart, BLOCK_N=t.tokens, BLOCK_M=t.outputs, BLOCK_D=t.depth, BESIDE=8,
+        x, weight, into, n, m, x.stride(0), x.stride(1), *weight.stride(), *into.stride()[:3],
+        D=d, STRETCH=t.stretch, APART=apart, BLOCK_N=t.tokens, BLOCK_M=t.outputs, BLOCK_D=t.depth, BESIDE=8,
         num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     if apart:
-        _add[g * n, triton.cdiv(m, 1024)](into, out, n, out.stride(0), out.stride(1), G=g, M=m, S=stretches, BLOCK=1024)
+        _add[g * n, triton.cdiv(m, 1024)](into, out, n, g * n, m, out.stride(0), out.stride(1), S=stretches, BLOCK=1024)
     return out
 
 

@@ -1,0 +1,105 @@
+"""How fast are products in a fixed order, against the library's, and do they keep their promise?
+
+    python benchmarks/kernels_matmul_fixed.py --output rows.json [--sweep 0 1 2]
+
+BF16 on one GPU. Every shape is first computed for 8192 tokens, and then for fewer of them: the rows must agree bit for
+bit. Times are medians of CUDA graph replays, over weights that do not fit in L2. Roof: bytes of the matrix over the
+speed of a large copy, or operations over the speed of a large product.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benthic.kernels.matmul_fixed import Tiles, products, products_ref
+
+COPY, PRODUCT = 4.28e12, 730e12  # bytes per second, operations per second
+SHAPES = {"q, kv_a": (1, 3648, 2048), "o": (1, 2048, 2048), "W_UK": (16, 512, 128), "head": (1, 102400, 2048)}
+SWEEP = [
+    Tiles(),
+    Tiles(stretch=2048),
+    Tiles(stretch=512),
+    Tiles(num_stages=3),
+    Tiles(tokens=64, num_warps=4),
+    Tiles(tokens=64, outputs=64, num_warps=4),
+    Tiles(outputs=64, num_warps=4),
+    Tiles(tokens=64, depth=128, num_warps=4, num_stages=3),
+]
+
+
+def timed(call: Callable[[int], object], copies: int) -> float:
+    """Median milliseconds of one call, among `copies` with weights of their own in one graph."""
+    for i in range(copies):
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(copies):
+            call(i)
+    times = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / copies)
+    return statistics.median(times[1:])
+
+
+def same(x: torch.Tensor, w: torch.Tensor, tiles: Tiles) -> bool:
+    """Rows of a large call against rows of small ones, and stretches apart against stretches in turn."""
+    whole = products(x, w, tiles=tiles)
+    error = (whole.float() - products_ref(x, w).float()).norm() / products_ref(x, w).float().norm()
+    if error > 1e-2:
+        raise AssertionError(f"relative error {error:.3g}")
+    cuts = [(0, 1), (77, 78), (100, 132), (5, 262), (8000, 8190)]
+    parts = [products(x[:, a:b], w, tiles=tiles, apart=apart) for a, b in cuts for apart in (False, True)]
+    return all(torch.equal(part, whole[:, a:b]) for part, (a, b) in zip(parts, [c for c in cuts for _ in range(2)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 256, 8192])
+    parser.add_argument("--sweep", type=int, nargs="*", default=[0], help="which of SWEEP")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for name in options.shapes:
+        g, m, d = SHAPES[name]
+        copies = max(1, min(16, 200_000_000 // (g * m * d * 2)))
+        torch.manual_seed(0)
+        weights = [torch.randn(g, m, d, device="cuda", dtype=torch.bfloat16) * d**-0.5 for _ in range(copies)]
+        x = torch.randn(g, 8192, d, device="cuda", dtype=torch.bfloat16)
+        short = x[:, : 8192 if m < 50_000 else 256]
+        wholes = []
+        for tiles in [SWEEP[i] for i in options.sweep]:
+            row: dict = {"shape": name, "tiles": str(dataclasses.astuple(tiles))}
+            row["same"] = same(x, weights[0], tiles) if len(short[0]) == 8192 else None
+            wholes.append(products(short[:, :256], weights[0], tiles=tiles))
+            row["equal to the first"] = torch.equal(wholes[0], wholes[-1])
+            for n in options.tokens:
+                if n > len(short[0]):
+                    continue
+                own, few = short[:, :n], copies if n <= 256 else 2
+                ms = timed(lambda i: products(own, weights[i], tiles=tiles), few)
+                roof = max(g * m * d * 2 / COPY, 2 * g * n * m * d / PRODUCT) * 1e3
+                row[f"us at {n}"] = f"{ms * 1e3:.1f} ({100 * roof / ms:.0f}%)"
+                if len(wholes) == 1:
+                    ms = timed(lambda i: torch.bmm(own, weights[i].transpose(1, 2)) if g > 1 else F.linear(own[0], weights[i][0]), few)
+                    row[f"library at {n}"] = f"{ms * 1e3:.1f}"
+            rows.append(row)
+            print(*row.values(), sep=" | ", flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
