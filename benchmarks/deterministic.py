@@ -4,8 +4,9 @@
 
 Random BF16 weights, one GPU. First every request alone, without cached prefixes; then all at once, with prompts in
 chunks, prefixes found in the cache, too few pages, and drafts where the model has a module for them. Counted are the
-requests whose tokens or log-probabilities differ in any bit; the engine in its ordinary mode is the negative control.
-Then steps of decode rows and steps of prompts in both modes, as `benchmarks/engine.py` times them.
+requests whose tokens, log-probabilities or experts differ in any bit; the engine in its ordinary mode is the negative
+control. Then steps of decode rows and steps of prompts, as `benchmarks/engine.py` times them: deterministic, ordinary,
+and ordinary with the experts of every token returned.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benthic.inference.config import EngineConfig, SamplingParams
@@ -34,16 +36,14 @@ def shape(name: str, layers: int, modules: int) -> ModelConfig:
 
 
 def work(count: int, vocab_size: int) -> list[Request]:
-    """Prompts of 1 to 700 tokens, some of which begin alike; greedy and drawn answers of 8 to 32 tokens."""
+    """Prompts of 1 to 700 tokens, some of which begin alike; greedy and drawn answers of 40 to 80 tokens."""
     rng = random.Random(0)
     begin = [rng.randrange(vocab_size) for _ in range(300)]
     requests = []
     for i in range(count):
         own = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 400))]
-        drawn = dict(seed=i, top_p=0.9, repetition_penalty=1.2) if i % 4 == 1 else dict(seed=i)
-        params = SamplingParams(
-            max_tokens=rng.randint(8, 32), temperature=i % 2, logprobs=2, **drawn
-        )
+        drawn = {"top_p": 0.9, "repetition_penalty": 1.2} if i % 4 == 1 else {}
+        params = SamplingParams(max_tokens=rng.randint(40, 80), temperature=i % 2, logprobs=2, seed=i, **drawn)
         requests.append(Request(prompt_token_ids=begin[: rng.randint(64, 300)] + own if i % 3 else own, params=params))
     return requests
 
@@ -62,16 +62,19 @@ def answers(engine: Engine, requests: list[Request], together: bool) -> list[Out
 
 
 def differing(one: list[Output], other: list[Output]) -> int:
-    """Requests with any bit of tokens, log-probabilities or reports changed."""
+    """Requests with any bit of tokens, log-probabilities, reports or experts changed."""
     return sum(
         (a.token_ids, a.logprobs, a.top_logprobs) != (b.token_ids, b.logprobs, b.top_logprobs)
+        or not np.array_equal(a.routed_experts, b.routed_experts)  # type: ignore[arg-type]
         for a, b in zip(one, other, strict=True)
     )
 
 
 def check(model: Transformer, requests: list[Request], deterministic: bool) -> dict:
-    """Alone against three kinds of company."""
-    limits = EngineConfig(max_model_len=1024, num_pages=1200, deterministic=deterministic, max_num_seqs=64)
+    """Alone against several kinds of company."""
+    limits = EngineConfig(
+        max_model_len=1024, num_pages=1200, max_num_seqs=64, deterministic=deterministic, return_routed_experts=True
+    )
     alone = answers(Engine(model, None, dataclasses.replace(limits, enable_prefix_caching=False)), requests, False)
     kinds = {
         "whole prompts": limits,
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 32, 256])
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     model = random_model(shape(options.model, options.layers, options.modules), "cuda", torch.bfloat16)
@@ -111,21 +114,19 @@ def main() -> None:
 
     for deterministic in (True, False):
         if options.requests:
-            report(check(model, work(options.requests, model.config.vocab_size), deterministic))
-    for deterministic in (True, False):
-        most = max(options.batch, default=0)
-        if not most:
-            break
-        config = EngineConfig(
-            max_num_seqs=most, max_model_len=options.length + options.new, enable_prefix_caching=False,
-            num_pages=cache_pages(most, options.length, options.new, EngineConfig.page_size),
-            deterministic=deterministic,
-        )  # fmt: skip
-        engine = Engine(model, None, config)
+            few = options.requests if deterministic else min(16, options.requests)
+            report(check(model, work(few, model.config.vocab_size), deterministic))
+    most = max(options.batch, default=0)
+    config = EngineConfig(
+        max_num_seqs=max(most, 1), max_model_len=options.length + options.new, enable_prefix_caching=False,
+        num_pages=cache_pages(max(most, 1), options.length, options.new, EngineConfig.page_size),
+    )  # fmt: skip
+    for mode in ({"deterministic": True}, {}, {"return_routed_experts": True}) if most else ():
+        engine = Engine(model, None, dataclasses.replace(config, **mode))
         for batch in options.batch:
             found = measured(engine, batch, options.length, options.new)
             names = ("ms_per_step", "prompt_tokens_per_s")
-            report({"deterministic": deterministic, "batch": batch} | {name: round(found[name], 3) for name in names})
+            report(mode | {"batch": batch} | {name: round(found[name], 3) for name in names})
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 

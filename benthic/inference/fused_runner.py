@@ -24,6 +24,7 @@ from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
 from benthic.inference.packed import Chunks, DecodeRows, Feed, apart, chunk_rows, decode_array, decode_rows, joined
 from benthic.inference.request import Seq
+from benthic.inference.routed import RoutedExperts
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
@@ -104,6 +105,7 @@ class FusedRunner:
         self.device = model.embed_tokens.weight.device
         self.cache, self.ids = make_cache(model, config)
         self.forward = Fused(model, self.cache, config.page_size, config.deterministic)
+        self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
         self.joined = apart if config.deterministic else joined
         self.queries = 1 + config.num_speculative_tokens
         rows = config.max_num_seqs
@@ -247,7 +249,12 @@ class FusedRunner:
 
     def _hidden(self, tokens: Tokens) -> Tensor:
         self.ids[tokens.slots] = tokens.ids
-        return self.forward.hidden(tokens)
+        if self.routed is None:
+            return self.forward.hidden(tokens)
+        choices: list[Tensor] = []
+        hidden = self.forward.hidden(tokens, choices)
+        self.routed.write(tokens.slots, choices)
+        return hidden
 
     def _controls(self, seqs: list[Seq]) -> Controls | None:
         """Of decode rows; the same rows running on need no new copy."""

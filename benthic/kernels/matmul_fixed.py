@@ -24,16 +24,19 @@ PROGRAMS = 132  # of an H200: with fewer tiles than that, stretches go to progra
 class Tiles:
     """tokens x outputs per program, `depth` inputs at a time, `stretch` (a multiple of it) inputs per partial sum.
 
-    Results depend on these numbers, so they are the same for every call. 128 x 128 is what two warp groups of Hopper
-    multiply without spilling two sums, and a tile of weights this size takes longer to load than to multiply.
+    Results depend on outputs and stretch, so these are the same for every call. The tokens are 64 per group of four
+    warps, so that every group issues the same instructions (64 x 128 x 16), whether it is alone or one of two. 128 x
+    128 is what Hopper multiplies without spilling two sums.
     """
 
-    tokens: int = 128
+    tokens: int = 64
     outputs: int = 128
     depth: int = 64
     stretch: int = 1024
-    num_warps: int = 8
     num_stages: int = 4
+
+
+FEW, MANY = Tiles(), Tiles(tokens=128)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -49,9 +52,9 @@ def _product(
     beside = tl.minimum(rows - block * BESIDE, BESIDE)  # tiles of tokens that take turns at a tile of weights
     n = (block * BESIDE + tile % beside) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile // beside * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = tl.minimum(n, n_tokens - 1).to(tl.int64)  # past the end: a row again, which is not stored
-    output = tl.minimum(m, M - 1).to(tl.int64)
-    x_rows = x + group * stride_xg + token[:, None] * stride_xn
+    real = (n < n_tokens)[:, None]
+    output = tl.minimum(m, M - 1).to(tl.int64)  # past the end: a row again, which is not stored
+    x_rows = x + group * stride_xg + n.to(tl.int64)[:, None] * stride_xn
     w_rows = weight + group * stride_wg + output[None, :] * stride_wm
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     first = apart * STRETCH
@@ -60,14 +63,15 @@ def _product(
         for start in range(begin, tl.minimum(begin + STRETCH, D), BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             if D % BLOCK_D:
-                a = tl.load(x_rows + d[None, :], mask=(d < D)[None, :], other=0.0)
+                a = tl.load(x_rows + d[None, :], mask=real & (d < D)[None, :], other=0.0)
                 b = tl.load(w_rows + d[:, None] * stride_wd, mask=(d < D)[:, None], other=0.0)
             else:
-                a, b = tl.load(x_rows + d[None, :]), tl.load(w_rows + d[:, None] * stride_wd)
+                a = tl.load(x_rows + d[None, :], mask=real, other=0.0)
+                b = tl.load(w_rows + d[:, None] * stride_wd)
             summed = tl.dot(a, b, summed, input_precision="ieee")
         total += summed
     into = out + apart.to(tl.int64) * stride_os + group * stride_og + n.to(tl.int64)[:, None] * stride_on + m[None, :]
-    tl.store(into, total.to(out.dtype.element_ty), mask=(n < n_tokens)[:, None] & (m < M)[None, :])
+    tl.store(into, total.to(out.dtype.element_ty), mask=real & (m < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_tokens", "rows"])
@@ -82,7 +86,7 @@ def _add(parts, out, n_tokens, rows, M, stride_og, stride_on, S: tl.constexpr, B
 
 
 def products(
-    x: Tensor, weight: Tensor, *, out: Tensor | None = None, tiles: Tiles = Tiles(), apart: bool | None = None
+    x: Tensor, weight: Tensor, *, out: Tensor | None = None, tiles: Tiles | None = None, apart: bool | None = None
 ) -> Tensor:
     """x [G, N, D], weight [G, M, D] -> x W^T [G, N, M] in x's dtype, or into `out`.
 
@@ -100,14 +104,15 @@ def products(
         raise ValueError(f"x has strides {x.stride()}, out {out.stride()} -> the last must be 1")
     if n == 0:
         return out
-    t, stretches = tiles, triton.cdiv(d, tiles.stretch)
+    t = tiles or (FEW if n <= 512 else MANY)
+    stretches = triton.cdiv(d, t.stretch)
     count = triton.cdiv(n, t.tokens) * triton.cdiv(m, t.outputs)
     apart = stretches > 1 and (count * g < PROGRAMS if apart is None else apart)
     into = torch.empty(stretches, g, n, m, dtype=torch.float32, device=x.device) if apart else out.unsqueeze(0)
     _product[count, stretches if apart else 1, g](
         x, weight, into, n, m, x.stride(0), x.stride(1), *weight.stride(), *into.stride()[:3],
         D=d, STRETCH=t.stretch, APART=apart, BLOCK_N=t.tokens, BLOCK_M=t.outputs, BLOCK_D=t.depth, BESIDE=8,
-        num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore[reportCallIssue]
+        num_warps=t.tokens // 16, num_stages=t.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     if apart:
         _add[g * n, triton.cdiv(m, 1024)](into, out, n, g * n, m, out.stride(0), out.stride(1), S=stretches, BLOCK=1024)

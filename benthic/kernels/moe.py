@@ -22,7 +22,19 @@ from benthic.kernels.moe_sorted import Sorted
 from benthic.kernels.moe_tiles import Tiles
 from benthic.kernels.moe_weights import ExpertWeights, moe_ref
 
-__all__ = ["ExpertWeights", "Fp8Tiles", "Rows", "Sorted", "Tiles", "Way", "choose_tiles", "fixed_tiles", "moe", "moe_norm", "moe_ref"]
+__all__ = [
+    "ExpertWeights",
+    "Fp8Tiles",
+    "Rows",
+    "Sorted",
+    "Tiles",
+    "Way",
+    "choose_tiles",
+    "fixed_tiles",
+    "moe",
+    "moe_norm",
+    "moe_ref",
+]
 
 Way = Rows | Tiles | Fp8Tiles | Sorted
 
@@ -83,7 +95,7 @@ def fixed_tiles(dtype: torch.dtype) -> Tiles:
     """One way for any number of tokens: a token's sums then do not depend on how many there are."""
     if dtype == torch.float32:
         return Tiles(up_k=64, down_k=64, num_stages=3)
-    return Tiles(block_m=64, up_n=64, up_k=64, down_n=128, down_k=64)
+    return Tiles(block_m=64, up_n=128, up_k=64, down_n=128, down_k=64, num_warps=8)
 
 
 def _choose_fp8(pairs: float) -> Fp8Tiles:
