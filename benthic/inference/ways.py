@@ -49,7 +49,7 @@ class Ways(Protocol):
 class Fastest:
     """The library's products, and kernels that choose by the number of tokens."""
 
-    router = None
+    router: route.Tiles | None = None
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return gemv.linear(x, weight)
@@ -61,9 +61,7 @@ class Fastest:
         self, q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor, *, page_size: int,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        return mla_decode.mla_decode(
-            q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale
-        )  # fmt: skip
+        return mla_decode.mla_decode(q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale)
 
     def experts(self, dtype: torch.dtype) -> None:
         return None
@@ -75,7 +73,7 @@ class Fastest:
 class Fixed:
     """Every row of every product summed in one order. Rows of attention must have one query each."""
 
-    router = route.FIXED
+    router: route.Tiles | None = route.FIXED
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return matmul_fixed.linear(x, weight)

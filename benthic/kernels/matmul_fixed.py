@@ -115,7 +115,10 @@ def products(
         num_warps=t.tokens // 16, num_stages=t.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     if apart:
-        _add[g * n, triton.cdiv(m, 1024)](into, out, n, g * n, m, out.stride(0), out.stride(1), S=stretches, BLOCK=1024)
+        _add[g * n, triton.cdiv(m, 1024)](
+            into, out, n, g * n, m, out.stride(0), out.stride(1),
+            S=stretches, BLOCK=1024,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
     return out
 
 
