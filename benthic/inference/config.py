@@ -43,7 +43,7 @@ class EngineConfig:
     """fused: kernels and CUDA graphs, for MLA models in 16 bits; plain: the model's own code; auto: fused on a GPU."""
     deterministic: bool = False
     """A request's tokens and log-probabilities are the same, bit for bit, in any company, however its prompt is cut,
-    cached or computed again. Slower: see the README."""
+    cached or computed again, with drafts or without. Slower, above all for long prompts."""
     return_routed_experts: bool = False
     """Outputs say which experts each token visited in every mixture layer, so that training can take the same ones."""
     num_pages: int = 0

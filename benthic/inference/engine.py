@@ -152,7 +152,7 @@ class Engine:
             raise InputError(f"request {request_id} does not exist -> use an id that add() returned")
         if seq := self._seqs.pop(request_id, None):
             if self._routing:
-                self._routing.keep(seq, seq.pages, seq.computed)
+                self._routing.keep([(seq, seq.pages, seq.computed)])
             self.scheduler.finish(seq, "abort")
             self._aborted.append(seq)
             self._forget(seq)
@@ -188,9 +188,10 @@ class Engine:
                 new -= self._follow(seq, new)
                 deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
                 if seq.finish_reason:
-                    if self._routing:
-                        self._routing.keep(seq, pages[row], seq.computed)
                     finished.append(self._seqs.pop(seq.request_id))
+            if self._routing:
+                ended = [row for row, seq in enumerate(plan.seqs) if gained[row] and seq.finish_reason]
+                self._routing.keep([(plan.seqs[row], pages[row], plan.seqs[row].computed) for row in ended])
         self._aborted.clear()  # only now: a step that fails has reported nothing
         return Step(deltas, [self._output(seq) for seq in finished])
 
@@ -200,8 +201,7 @@ class Engine:
         while len(self._flying) <= ahead:
             plan = self.scheduler.plan()
             if self._routing:
-                for stepped_back in self.scheduler.stepped_back:
-                    self._routing.keep(*stepped_back)
+                self._routing.keep(self.scheduler.stepped_back)
             if not plan.seqs:
                 return
             guided = [self._matchers[seq.request_id] for seq in plan.seqs if seq.params.guided]

@@ -59,15 +59,22 @@ class Routing:
         self._store, self._page_size = store, page_size
         self._taken: dict[int, np.ndarray] = {}
 
-    def keep(self, seq: Seq, pages: list[int], computed: int) -> None:
-        """Before others write to `pages`: take what stands there, up to `computed` tokens, after what is known."""
-        known = self._taken.get(seq.request_id)
-        begin = 0 if known is None else len(known)
-        if computed <= begin:
+    def keep(self, leaving: list[tuple[Seq, list[int], int]]) -> None:
+        """Before others write to their pages: take what stands there for requests of so many computed tokens each. What
+        one of them took before stays as it is."""
+        wanted = []
+        for seq, pages, computed in leaving:
+            place = np.arange(len(self._taken.get(seq.request_id, ())), computed)
+            if len(place):
+                slots = np.array(pages)[place // self._page_size] * self._page_size + place % self._page_size
+                wanted.append((seq.request_id, slots))
+        if not wanted:
             return
-        place = np.arange(begin, computed)
-        found = self._store.read(np.array(pages)[place // self._page_size] * self._page_size + place % self._page_size)
-        self._taken[seq.request_id] = found if known is None else np.concatenate((known, found))
+        found = self._store.read(np.concatenate([slots for _, slots in wanted]))
+        ends = np.cumsum([len(slots) for _, slots in wanted])
+        for (request_id, _), part in zip(wanted, np.split(found, ends[:-1])):
+            known = self._taken.get(request_id)
+            self._taken[request_id] = part if known is None else np.concatenate((known, part))
 
     def take(self, seq: Seq) -> np.ndarray:
         """Of a request that has ended: all tokens that were computed, the last of the answer therefore not."""

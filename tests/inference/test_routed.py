@@ -101,6 +101,24 @@ def test_what_was_chosen_before_a_preemption_is_kept(model, prompts, monkeypatch
         assert (found[computed:] == 255).all()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rounding to bfloat16 sends tokens elsewhere")
+@pytest.mark.long  # in the interpreter
+def test_on_kernels_too(monkeypatch, device) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    from test_fused import V3, build
+    from test_fused_runner import Host, prompts
+
+    from benthic.inference import fused_runner
+
+    monkeypatch.setattr(fused_runner, "Cuda", Host)
+    model = build(V3, device)
+    settings = {"page_size": 16, "max_model_len": 64, "num_pages": 6, "max_num_batched_tokens": 20}
+    runs = engine(model, backend="fused", num_speculative_tokens=1, **settings)
+    outputs = runs.generate(prompts(5, 21, 14), SamplingParams(max_tokens=20, temperature=0))
+    assert all(right(model, output) for output in outputs)
+    assert runs.stats.preemptions > 0
+
+
 def test_an_aborted_request_says_what_it_had_computed(model, prompts) -> None:
     runs = engine(model, max_num_batched_tokens=8)
     long = max(prompts, key=len)
