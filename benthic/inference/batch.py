@@ -43,6 +43,11 @@ def cut(plan: Plan, budget: int) -> list[Plan]:
     return [_part(plan, begin, end) for begin, end in zip([0, *ends], ends)]
 
 
+def rows(plan: Plan) -> list[Plan]:
+    """The plan row by row."""
+    return [_part(plan, row, row + 1) for row in range(len(plan.seqs))]
+
+
 def _part(plan: Plan, begin: int, end: int) -> Plan:
     rows = slice(begin, end)
     decode = end - begin if end <= plan.decode else 0

@@ -43,6 +43,11 @@ class EngineConfig:
     """Share of a GPU's memory that weights, cache and everything else may take."""
     backend: Literal["auto", "plain", "fused"] = "auto"
     """fused: kernels and CUDA graphs, for MLA models in 16 bits; plain: the model's own code; auto: fused on a GPU."""
+    deterministic: bool = False
+    """A request's tokens and log-probabilities are the same, bit for bit, in any company, however its prompt is cut,
+    cached or computed again, with drafts or without. Slower, above all for long prompts."""
+    return_routed_experts: bool = False
+    """Outputs say which experts each token visited in every mixture layer, so that training can take the same ones."""
     num_pages: int = 0
     """Cache pages; 0 takes enough for max_num_seqs requests of max_model_len tokens, or what a GPU has room for."""
 
@@ -52,6 +57,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_pages"):
             _integer(name, getattr(self, name), 0, MAX_INTEGER)
         _integer("num_speculative_tokens", self.num_speculative_tokens, 0, 1)
+        for name in ("deterministic", "return_routed_experts"):
+            _flag(name, getattr(self, name))
         for name, values in (
             ("kv_cache_dtype", ("auto", "fp8", "int6")),
             ("quantization", ("auto", "none", "fp8")),

@@ -9,11 +9,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
 from benthic.base.errors import BenthicError, DoesNotFit, InputError
+from benthic.inference import routed
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
 from benthic.inference.replica import Replica
@@ -67,6 +68,8 @@ class Engine:
         self.runner: Runner = make_runner(self.replica.model, self.config, self.vocab_size, fused)
         self.scheduler = Scheduler(self.config)
         self.stats = Stats()
+        store = self.runner.routed
+        self._routing = None if store is None else routed.Routing(store, self.config.page_size)
         self._seqs: dict[int, Seq] = {}  # unfinished
         self._matchers: dict[int, Matcher] = {}  # of those whose answer must have a form
         self._transcripts: dict[int, Transcript] = {}  # of those that end with a stop string
@@ -74,6 +77,19 @@ class Engine:
         self._flying: deque[tuple[Plan, Any]] = deque()  # steps launched and not collected
         self._aborted: list[Seq] = []  # to be reported by the next step
         self._next_id = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs beside this process: the one that compiles the forms of answers, if a request needed it. Only
+        a later request for a form starts it again. For the thread that owns the engine, with nobody compiling."""
+        if self._grammars is not None:
+            self._grammars.close()
+            self._grammars = None
 
     @property
     def busy(self) -> bool:
@@ -143,6 +159,8 @@ class Engine:
         if not 0 <= request_id < self._next_id:
             raise InputError(f"request {request_id} does not exist -> use an id that add() returned")
         if seq := self._seqs.pop(request_id, None):
+            if self._routing:
+                self._routing.keep([(seq, seq.pages, seq.computed)])
             self.scheduler.finish(seq, "abort")
             self._aborted.append(seq)
             self._forget(seq)
@@ -167,6 +185,7 @@ class Engine:
                 self.scheduler.rollback()
                 self._flying.clear()
                 raise
+            pages = [list(seq.pages) for seq in plan.seqs] if self._routing else []
             gained = self.scheduler.commit(plan, result.tokens)
             self.stats.count(plan, result.tokens, gained)
             self.stats.preemptions = self.scheduler.preemptions
@@ -180,6 +199,9 @@ class Engine:
                 deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
                 if seq.finish_reason:
                     finished.append(self._seqs.pop(seq.request_id))
+            if self._routing:
+                ended = [row for row, seq in enumerate(plan.seqs) if gained[row] and seq.finish_reason]
+                self._routing.keep([(plan.seqs[row], pages[row], plan.seqs[row].computed) for row in ended])
         self._aborted.clear()  # only now: a step that fails has reported nothing
         return Step(deltas, [self._output(seq) for seq in finished])
 
@@ -188,6 +210,8 @@ class Engine:
         ahead = 0 if self._matchers else self.runner.ahead
         while len(self._flying) <= ahead:
             plan = self.scheduler.plan()
+            if self._routing:
+                self._routing.keep(self.scheduler.stepped_back)
             if not plan.seqs:
                 return
             guided = [self._matchers[seq.request_id] for seq in plan.seqs if seq.params.guided]
@@ -237,6 +261,7 @@ class Engine:
             text=self._text(seq, self._forget(seq)),
             finish_reason=seq.finish_reason,
             top_logprobs=seq.tops,
+            routed_experts=self._routing.take(seq) if self._routing else None,
         )
 
     def generate(
@@ -309,7 +334,10 @@ def fitted(config: EngineConfig, model: Transformer, asked: int) -> EngineConfig
     free, total = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room -= int(total * (1 - config.gpu_memory_utilization))
-    per_page = config.page_size * (8 + bytes_per_token(model.config, model.dtype.itemsize, config.kv_cache_dtype))
+    per_token = 8 + bytes_per_token(model.config, model.dtype.itemsize, config.kv_cache_dtype)
+    if config.return_routed_experts:
+        per_token += routed.bytes_per_token(model)
+    per_page = config.page_size * per_token
     pages = min(config.num_pages, max(0, room // per_page))
     longest = -(-config.max_model_len // config.page_size)
     if pages < longest:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benthic.base.errors import InputError
-from benthic.inference.matrices import lay_together, product, products, width
-from benthic.kernels import decode_inputs, latent_store, mla_decode, mla_output, moe, norm, route
-from benthic.kernels.gemv import linear
+from benthic.inference.matrices import lay_together, width
+from benthic.inference.ways import Fastest, Fixed, Ways
+from benthic.kernels import decode_inputs, moe, norm, route
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
@@ -72,12 +72,16 @@ class Tokens:
 
 
 class Fused:
-    """`hidden(tokens)` and `mtp_hidden(...)` of `model` over `cache`, whose pages hold `page_size` tokens."""
+    """`hidden(tokens)` and `mtp_hidden(...)` of `model` over `cache`, whose pages hold `page_size` tokens.
 
-    def __init__(self, model: Transformer, cache: LatentCache, page_size: int):
+    `deterministic`: a token's result is the same in any company; every token must be a decode row of one query.
+    """
+
+    def __init__(self, model: Transformer, cache: LatentCache, page_size: int, deterministic: bool = False):
         if reason := unfit(model) or unready(model):
             raise InputError(f"{reason} -> use the plain forward pass")
         self.model, self.cache, self.page_size = model, cache, page_size
+        self.ways: Ways = Fixed(model) if deterministic else Fastest()
         device = model.embed_tokens.weight.device
         self.frequencies, self.turn = frequencies(model.config, device), turn_factor(model.config)
         with torch.no_grad():
@@ -88,70 +92,69 @@ class Fused:
                     lay_together(module.gate_proj, module.up_proj)
         self.experts = {module: of_module(module) for module in model.modules() if isinstance(module, MoE)}
 
-    def hidden(self, tokens: Tokens) -> Tensor:
-        """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards."""
+    def hidden(self, tokens: Tokens, choices: list[Tensor] | None = None) -> Tensor:
+        """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards, and
+        every mixture layer's experts [N, K] int32 in `choices`."""
         angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         blocks: list[Block] = list(self.model.layers)  # type: ignore[arg-type]
         norms = [block.input_layernorm for block in blocks]
         x = F.embedding(tokens.ids, self.model.embed_tokens.weight)
         normed = rms_norm(norms[0], x)
         for layer, (block, after) in enumerate(zip(blocks, [*norms[1:], self.model.norm])):
-            normed, x = self.block(layer, block, normed, x, after, tokens, angles)
+            normed, x = self.block(layer, block, normed, x, after, tokens, angles, choices)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, d] -> logits [N, V] in the compute dtype; the sampler widens what it reads."""
-        return linear(hidden, self.model.head)
+        """hidden [N, d] -> logits [N, V] in the compute dtype, which the sampler widens; of the deterministic kernels
+        perhaps a few more, all -inf."""
+        return self.ways.logits(self.model, hidden)
 
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
         embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
-        x = F.linear(both, module.eh_proj.weight)
+        x = self.ways.product(both, module.eh_proj)
         layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
         angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
 
     def block(
         self, layer: int, block: Block, normed: Tensor, x: Tensor, after: RMSNorm, tokens: Tokens,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor], choices: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One layer: the residual stream x [N, d] and its norm for this layer -> the same for what comes `after`."""
         delta = self.attention(layer, block.self_attn, normed, tokens, angles)  # type: ignore[arg-type]
         middle = block.post_attention_layernorm
         if isinstance(block.mlp, MoE):
-            return self.mixture(block.mlp, delta, x, middle, after)
+            return self.mixture(block.mlp, delta, x, middle, after, choices)
         normed, x = norm.add_rms_norm(delta, x, middle.weight, middle.eps)
-        return norm.add_rms_norm(dense(block.mlp, normed), x, after.weight, after.eps)  # type: ignore[arg-type]
+        return norm.add_rms_norm(self.dense(block.mlp, normed), x, after.weight, after.eps)  # type: ignore[arg-type]
 
     def attention(self, layer: int, attn: MLA, x: Tensor, tokens: Tokens, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, d] -> [N, d]: absorbed for the decode rows, decompressed for the prompts."""
-        latents = self.cache.layers[layer]
+        latents, ways = self.cache.layers[layer], self.ways
         query = attn.q_a_proj if attn.compressed else attn.q_proj
-        both, kv = products(x, query, attn.kv_a_proj_with_mqa), attn.kv_a_proj_with_mqa
+        both, kv = ways.products(x, query, attn.kv_a_proj_with_mqa), attn.kv_a_proj_with_mqa
         q, kv_a = both[:, : len(query.weight)], both[:, width(query) :][:, : len(kv.weight)]
         if attn.compressed:
-            q = product(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj)
+            q = ways.product(rms_norm(attn.q_a_layernorm, q), attn.q_b_proj)
         q = q.unflatten(-1, (attn.heads, -1))  # [N, H, D + P]
         d, v, kv_norm = attn.query_sizes[0], attn.value_size, attn.kv_a_layernorm
         w_uk, w_uv = attn.kv_b_proj.weight.unflatten(0, (attn.heads, -1)).split([d, v], 1)  # [H, D or V, R]
         n = 0 if tokens.decode is None else tokens.decode.rows * tokens.decode.queries
-        stored = latent_store.store(
-            kv_a, kv_norm.weight, kv_norm.eps, q, *angles, tokens.slots, latents, w_uk, decoding=n
-        )
+        stored = ways.store(kv_a, kv_norm.weight, kv_norm.eps, q, *angles, tokens.slots, latents, w_uk, n)
         q_rope, dense = stored.q_rope, stored.dense
         out = x.new_empty(len(x), attn.heads, v)
         if tokens.decode is not None:
-            parts = mla_decode.stretches(
-                stored.q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context,
+            ways.attend(
+                stored.q_latent, q_rope[:n], latents, tokens.decode.table, tokens.decode.context, w_uv, out[:n],
                 page_size=self.page_size, scale=attn.scale,
             )  # fmt: skip
-            mla_output.output(*parts, w_uv, out[:n])  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
             new = q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:]
             self.prompts(attn, *new, latents, tokens.prefill, out[n:])
-        return product(out.flatten(1), attn.o_proj)
+        return ways.product(out.flatten(1), attn.o_proj)
 
     def prompts(
         self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents,
@@ -175,23 +178,28 @@ class Fused:
             out.copy_(result[0])
 
     def mixture(
-        self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm
+        self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm, choices: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """delta and, of its norm, the experts added to x [N, d] -> (its norm for what comes `after`, the sum)."""
         c, gate = self.model.config, mlp.gate
-        normed, x, logits = route.add_norm_logits(delta, x, middle.weight, middle.eps, gate.weight)
+        normed, x, logits = route.add_norm_logits(
+            delta, x, middle.weight, middle.eps, gate.weight, tiles=self.ways.router
+        )
         ids, weights = route.choose(
             logits, gate.e_score_correction_bias, num_experts_per_tok=c.num_experts_per_tok,
             scoring_func=c.scoring_func, topk_method=c.topk_method, n_group=c.n_group, topk_group=c.topk_group,
             norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip
-        return moe.moe_norm(normed, self.experts[mlp], ids, weights, x, after.weight, after.eps)
+        if choices is not None:
+            choices.append(ids)
+        experts = self.experts[mlp]
+        tiles = self.ways.experts(experts)
+        return moe.moe_norm(normed, experts, ids, weights, x, after.weight, after.eps, tiles=tiles)
 
-
-def dense(network: FFN, x: Tensor) -> Tensor:
-    """SwiGLU of x [N, d]."""
-    middle = silu_times_up(products(x, network.gate_proj, network.up_proj))
-    return product(middle[:, : len(network.gate_proj.weight)], network.down_proj)
+    def dense(self, network: FFN, x: Tensor) -> Tensor:
+        """SwiGLU of x [N, d]."""
+        middle = silu_times_up(self.ways.products(x, network.gate_proj, network.up_proj))
+        return self.ways.product(middle[:, : len(network.gate_proj.weight)], network.down_proj)
 
 
 def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from benthic.inference import sampler
 from benthic.inference.config import EngineConfig
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
-from benthic.inference.packed import Chunks, DecodeRows, Feed, chunk_rows, decode_array, decode_rows, joined
+from benthic.inference.packed import Chunks, DecodeRows, Feed, apart, chunk_rows, decode_array, decode_rows, joined
 from benthic.inference.quick import QUICK
 from benthic.inference.request import Seq
+from benthic.inference.routed import RoutedExperts
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
@@ -104,7 +105,9 @@ class FusedRunner:
         self.model, self.config, self.vocab_size = model, config, vocab_size
         self.device = model.embed_tokens.weight.device
         self.cache, self.ids = make_cache(model, config)
-        self.forward = Fused(model, self.cache, config.page_size)
+        self.forward = Fused(model, self.cache, config.page_size, config.deterministic)
+        self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
+        self.joined = apart if config.deterministic else joined
         self.queries = 1 + config.num_speculative_tokens
         rows = config.max_num_seqs
         self.feed = Feed(
@@ -175,7 +178,7 @@ class FusedRunner:
 
         def step() -> tuple[DecodeRows, Tokens, Tensor, Tensor]:
             found = decode_rows(data, self.queries, self.feed, self.config.page_size)
-            tokens = joined(found, None)
+            tokens = self.joined(found, None)
             hidden = self._hidden(tokens)
             return found, tokens, hidden, self.forward.logits(hidden).view(rows, self.queries, -1)
 
@@ -199,7 +202,7 @@ class FusedRunner:
             width = max(len(seq.pages) for seq in plan.seqs[:d])
             data = torch.from_numpy(decode_array(plan, d, self.queries, width)).to(self.device)
             found = decode_rows(data, self.queries, self.feed, self.config.page_size)
-        tokens = joined(found, chunks)
+        tokens = self.joined(found, chunks)
         hidden = self._hidden(tokens)
         n, parts = d * self.queries, []
         next_ids = chunks.next_ids
@@ -247,7 +250,12 @@ class FusedRunner:
 
     def _hidden(self, tokens: Tokens) -> Tensor:
         self.ids[tokens.slots] = tokens.ids
-        return self.forward.hidden(tokens)
+        if self.routed is None:
+            return self.forward.hidden(tokens)
+        choices: list[Tensor] = []
+        hidden = self.forward.hidden(tokens, choices)
+        self.routed.write(tokens.slots, choices)
+        return hidden
 
     def _controls(self, seqs: list[Seq]) -> Controls | None:
         """Of decode rows; the same rows running on need no new copy."""

@@ -1,7 +1,7 @@
 """Generate from a model folder in one call."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from benthic.base.errors import InputError
 from benthic.inference.config import EngineConfig, SamplingParams
@@ -37,6 +37,16 @@ class LLM:
         model, own = load(path, device=device, dtype=dtype, quantization=config.quantization)
         self.tokenizer = chosen or own
         self.engine = Engine(model, self.tokenizer, config)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs beside this process (see `Engine.close`); `with LLM(...) as llm` does so too."""
+        self.engine.close()
 
     def generate(
         self,

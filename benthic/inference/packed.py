@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.inference.fused import Decode, Piece, Prefill, Tokens
@@ -69,12 +70,22 @@ def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> Decod
 @dataclass(frozen=True)
 class Chunks:
     """The prefill rows of a step: tokens [3, n] as above, next_ids [n], last [C] the place of each chunk's last token
-    among them, and how they attend."""
+    among them, how they attend, and their pages and lengths on the host."""
 
     tokens: Tensor
     next_ids: Tensor
     last: Tensor
     prefill: Prefill
+    pages: list[list[int]]
+    counts: list[int]
+
+    def table(self) -> Tensor:
+        """The pages of every token's sequence [n, W] int32."""
+        table = np.zeros((len(self.pages), max(map(len, self.pages))), np.int32)
+        for row, pages in zip(table, self.pages):
+            row[: len(pages)] = pages
+        of_token = torch.from_numpy(np.repeat(np.arange(len(table)), self.counts)).to(self.tokens.device)
+        return torch.from_numpy(table).to(self.tokens.device)[of_token]
 
 
 def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
@@ -114,6 +125,8 @@ def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
         next_ids=tokens[3],
         last=parts[1 + len(held)][1:] - 1,
         prefill=Prefill(starts[0], max(counts), cached),
+        pages=[plan.seqs[row].pages for row in rows],
+        counts=counts,
     )
 
 
@@ -134,3 +147,18 @@ def joined(decode: DecodeRows | None, chunks: Chunks | None) -> Tokens:
     parts = [part.tokens for part in (decode, chunks) if part is not None]
     ids, positions, slots = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return Tokens(ids, positions, slots, decode and decode.decode, chunks and chunks.prefill)
+
+
+def apart(decode: DecodeRows | None, chunks: Chunks | None) -> Tokens:
+    """The same with every token as a decode row of its own, and all before it as its context: what is computed for it
+    does not depend on which others are computed beside it."""
+    tables = []
+    if decode is not None:
+        tables.append(decode.decode.table.repeat_interleave(decode.decode.queries, 0))
+    if chunks is not None:
+        tables.append(chunks.table())
+    ids, positions, slots = torch.cat([part.tokens for part in (decode, chunks) if part is not None], 1)
+    width = max(table.shape[1] for table in tables)
+    table = torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables])
+    context = torch.where(slots > 0, positions + 1, 0).int()  # padding writes to slot 0 and sees nothing
+    return Tokens(ids, positions, slots, Decode(len(ids), 1, table, context), None)

@@ -1,9 +1,12 @@
 """A request on its way in, while it runs, and on its way out. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from benthic.inference.config import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 Top = list[tuple[int, float]]  # the likeliest tokens of one place with their log-probabilities, best first
@@ -91,3 +94,6 @@ class Output:
     finish_reason: FinishReason
     top_logprobs: list[Top] = field(default_factory=list)
     """Per answer token the `params.logprobs` likeliest; [] where none are asked for."""
+    routed_experts: "np.ndarray | None" = field(default=None, compare=False, repr=False)
+    """With `return_routed_experts`: the experts [tokens, mixture layers, K] of prompt and answer but its last token, in
+    the pass that the log-probabilities come from, cached prefixes included. Those of prediction modules are not."""

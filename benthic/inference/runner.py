@@ -11,6 +11,7 @@ from benthic.base.errors import BenthicError, DoesNotFit
 from benthic.inference import batch, sampler, speculative
 from benthic.inference.config import EngineConfig
 from benthic.inference.request import Seq, Top
+from benthic.inference.routed import RoutedExperts
 from benthic.inference.scheduler import Plan
 from benthic.model.cache import CacheView, LatentCache
 from benthic.model.transformer import Transformer
@@ -36,6 +37,7 @@ class Runner(Protocol):
 
     cache: LatentCache
     ahead: int
+    routed: RoutedExperts | None  # where choices of experts are kept
 
     def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Any: ...
 
@@ -64,6 +66,7 @@ class PlainRunner:
         self.model, self.config, self.vocab_size = model, config, vocab_size
         self.device = model.embed_tokens.weight.device
         self.cache, self.ids = make_cache(model, config)
+        self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
 
     def collect(self, pending: Result) -> Result:
         """What `launch` has found: it waits itself."""
@@ -73,7 +76,8 @@ class PlainRunner:
     def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Result:
         """Compute the plan's tokens and choose the next ones. `bitmask` of the guided rows as in `sampler.choose`."""
         parts, guided = [], 0
-        for part in batch.cut(plan, self.config.max_num_batched_tokens):
+        cut = batch.rows(plan) if self.config.deterministic else batch.cut(plan, self.config.max_num_batched_tokens)
+        for part in cut:
             first, guided = guided, guided + sum(seq.params.guided for seq in part.seqs)
             parts.append(self._part(part, None if bitmask is None or guided == first else bitmask[first:guided]))
         return Result.joined(parts)
@@ -82,11 +86,11 @@ class PlainRunner:
         rows = batch.build(plan, self.config.page_size, self.device)
         view = CacheView(self.cache, rows.write, rows.table)
         self.ids[rows.write] = rows.ids
-        hidden, _ = self.model.hidden(rows.ids, positions=rows.positions, cache=view)  # [B, Q, d]
+        hidden = self._hidden(plan, rows, view)  # [B, Q, d]
         ends = hidden
         if rows.prefill:
             ends = hidden[torch.arange(len(hidden), device=self.device), rows.counts - 1].unsqueeze(1)  # [B, 1, d]
-        logits = self.model.logits(ends)  # [B, K, V]
+        logits = self._logits(ends)  # [B, K, V]
         history = self.ids[rows.table] if rows.controls is not None and rows.controls.penalties is not None else None
         mask = None if bitmask is None else bitmask.to(self.device)
         choice = sampler.choose(logits, rows.controls, rows.places, self.vocab_size, history, mask)  # [B, K]
@@ -98,6 +102,28 @@ class PlainRunner:
             places = rows.places + accepted + 1
             drafts = sampler.propose(guess, rows.controls, places, self.vocab_size).unsqueeze(1)
         return cut_to_host(plan.seqs, choice, accepted, drafts)
+
+    def _hidden(self, plan: Plan, rows: batch.Rows, view: CacheView) -> Tensor:
+        """Hidden states [B, Q, d]. Deterministic: of one row, token by token, each over exactly its own context. All
+        shapes then follow from a token's position, and libraries, which choose by shapes, sum alike in any company."""
+        cuts = [(slice(None), slice(None))]
+        if self.config.deterministic:
+            cuts = [(slice(t, t + 1), slice(plan.starts[0] + t + 1)) for t in range(plan.counts[0])]
+        parts = []
+        for new, context in cuts:
+            write = view.write[:, new]
+            own = CacheView(view.cache, write, view.table[:, context])
+            hidden, choices = self.model.hidden(rows.ids[:, new], positions=rows.positions[:, new], cache=own)
+            if self.routed is not None:
+                self.routed.write(write.flatten(), [choice.topk_ids for choice in choices])
+            parts.append(hidden)
+        return torch.cat(parts, 1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, K, d] -> float32 logits [B, K, V]; deterministic: place by place."""
+        if not self.config.deterministic:
+            return self.model.logits(hidden)
+        return torch.cat([self.model.logits(one.clone()) for one in hidden.split(1, 1)], 1)  # as aligned as alone
 
 
 def cut_to_host(seqs: list[Seq], choice: sampler.Choice, accepted: Tensor, drafts: Tensor) -> Result:

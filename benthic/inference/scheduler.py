@@ -54,6 +54,7 @@ class Scheduler:
         self.waiting: list[Seq] = []  # by rank, and after all running
         self.running: list[Seq] = []  # by rank
         self.preemptions = 0
+        self.stepped_back: list[tuple[Seq, list[int], int]] = []  # by the last plan: who, from which pages, how far
         self._flying: deque[Plan] = deque()  # steps planned and not committed, at most two
         self._stuck: tuple[Seq | None, int, int] = (None, 0, 0)  # who did not fit, and into what
 
@@ -81,6 +82,7 @@ class Scheduler:
         an empty plan is not committed."""
         if len(self._flying) > 1:
             raise RuntimeError("two steps are in flight -> commit the older one before you plan")
+        self.stepped_back = []
         seqs: list[Seq] = []
         counts: list[int] = []
         if not (self._make_way() and self._plan_decode(seqs, counts)):
@@ -176,6 +178,7 @@ class Scheduler:
     def _preempt(self) -> Seq:
         """Send the last running request back to wait, without its pages."""
         seq = self.running.pop()
+        self.stepped_back.append((seq, list(seq.pages), seq.computed))
         self.pool.give(seq.pages)
         seq.computed = seq.start = 0
         insort(self.waiting, seq, key=_rank)

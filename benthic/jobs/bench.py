@@ -42,8 +42,8 @@ def run(config: BenchConfig) -> None:
     shape = find(config.model)
     limits = _limits(config, shape, answer)
     model = _model(config, shape)
-    engine, rows = Engine(model, None, limits), []
-    with progress("bench", len(config.batch)) as shown:
+    rows: list[dict[str, float]] = []
+    with Engine(model, None, limits) as engine, progress("bench", len(config.batch)) as shown:
         for done, batch in enumerate(config.batch, 1):
             rows.append({"batch": batch} | measured(engine, batch, config.input_len, answer))
             shown.update(done)

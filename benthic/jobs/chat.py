@@ -32,15 +32,16 @@ def run(config: ChatConfig) -> None:
     messages = list(start)
     if terminal:
         print(HELP, file=sys.stderr)
-    while (question := _ask(terminal)) is not None:
-        if question == "/new":
-            messages = list(start)
-        elif question:
-            messages.append({"role": "user", "content": question})
-            # Each turn has its own random numbers: the same question twice may get two answers.
-            params = dataclasses.replace(sampling(config), seed=config.seed + len(messages))
-            content = _answer(llm, llm.prompt(messages, thinking), params)
-            messages.append({"role": "assistant", "content": content})
+    with llm:
+        while (question := _ask(terminal)) is not None:
+            if question == "/new":
+                messages = list(start)
+            elif question:
+                messages.append({"role": "user", "content": question})
+                # Each turn has its own random numbers: the same question twice may get two answers.
+                params = dataclasses.replace(sampling(config), seed=config.seed + len(messages))
+                content = _answer(llm, llm.prompt(messages, thinking), params)
+                messages.append({"role": "assistant", "content": content})
 
 
 def _ask(terminal: bool) -> str | None:

@@ -50,7 +50,7 @@ def run(config: GenerateConfig) -> None:
         max_model_len=min(longest, shape.max_position_embeddings),
     )
     each = [dataclasses.replace(params, seed=prompt_seed(config.seed, place)) for place in range(len(ids))]
-    with progress("generate", len(ids) * config.n) as shown:
+    with llm, progress("generate", len(ids) * config.n) as shown:
         outputs = llm.engine.generate(ids, each, lambda done, total: shown.update(done))
     _deliver(config, [line for line in lines for _ in range(config.n)], outputs)
 

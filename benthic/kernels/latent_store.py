@@ -79,15 +79,16 @@ def _store(
     kv_a, weight, eps, q, cos, sin, slots, w_uk, codes, scales, k_rope, q_rope, q_latent, dense_c, dense_rope,
     stride_kv, stride_q, stride_head, stride_w, stride_out,
     FORMAT: tl.constexpr, DENSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, CHAINED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, ABSORB: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     chain.begin(CHAINED)
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = kv_a.dtype.element_ty
-    if block > tl.cdiv(H, BLOCK_H):
-        part = block - tl.cdiv(H, BLOCK_H) - 1
-        _absorb(q + n * stride_q, w_uk, q_latent + n * R, part, stride_head, stride_w, stride_out, R, D, BLOCK_R, CHAINED)
-        return
+    if ABSORB:
+        if block > tl.cdiv(H, BLOCK_H):
+            part, query, into = block - tl.cdiv(H, BLOCK_H) - 1, q + n * stride_q, q_latent + n * R
+            _absorb(query, w_uk, into, part, stride_head, stride_w, stride_out, R, D, BLOCK_R, CHAINED)
+            return
     half, whole = tl.arange(0, P // 2), tl.arange(0, P)
     cos_n, sin_n, slot = tl.load(cos + n * (P // 2) + half), tl.load(sin + n * (P // 2) + half), tl.load(slots + n)
     chain.wait(CHAINED)
@@ -123,13 +124,13 @@ class Stored:
 
 def store(
     kv_a: Tensor, weight: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents,
-    w_uk: Tensor, decoding: int, *, block_h: int = 8, block_r: int = 64, num_warps: int = 4,
+    w_uk: Tensor, decoding: int, *, absorb: bool = True, block_h: int = 8, block_r: int = 64, num_warps: int = 4,
 ) -> Stored:  # fmt: skip
     """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) and make the queries of attention; the first
     `decoding` tokens decode, the others belong to prompts.
 
     kv_a [N, R+P] and q [N, H, D+P] in the compute dtype, rows any distance apart; weight [R] of the norm; cos, sin
-    [N, P/2] float32; w_uk [H, D, R], heads any distance apart.
+    [N, P/2] float32; w_uk [H, D, R], heads any distance apart. absorb False: q_latent is left to the caller.
     """
     n, h, width = q.shape
     r, p = latents.width, latents.k_rope.shape[1]
@@ -139,16 +140,16 @@ def store(
     if n == 0:
         return Stored(q_rope=q_rope, q_latent=q_latent, dense=dense)
     heads, columns = min(block_h, triton.next_power_of_2(h)), min(block_r, r)
-    few, unused = decoding == n <= FEW, q_rope
+    few, unused = absorb and decoding == n <= FEW, q_rope
     _store[(n, 1 + triton.cdiv(h, heads) + (h * r // columns if few else 0))](
         kv_a, weight, eps, q, cos, sin, slots, w_uk, latents.c_kv,
         unused if latents.scales is None else latents.scales, latents.k_rope, q_rope, q_latent,
         *(dense or (unused, unused)), kv_a.stride(0), q.stride(0), q.stride(1), w_uk.stride(0), q_latent.stride(0),
         FORMAT=latents.format, DENSE=dense is not None, H=h, R=r, P=p, D=width - p,
-        GROUP=group_of(latents.format, r), BLOCK_H=heads, BLOCK_R=columns,
+        GROUP=group_of(latents.format, r), BLOCK_H=heads, BLOCK_R=columns, ABSORB=few,
         num_warps=num_warps, **chain.options(q),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
-    if decoding and not few:
+    if absorb and decoding and not few:
         torch.bmm(q[:decoding, :, :-p].transpose(0, 1), w_uk, out=q_latent)
     return Stored(q_rope=q_rope, q_latent=q_latent, dense=dense)
 

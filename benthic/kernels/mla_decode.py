@@ -40,6 +40,7 @@ class Tiles:
 
     swap: tokens, not pairs, are the rows of both products. Hopper's matrix units take 64 rows at least, which few pairs
     cannot fill and tiles of 64 tokens do. parts: the pieces of its width that a tile is read in; 4 where quantised.
+    shortest: tokens that a stretch has at least, a multiple of block_n.
     """
 
     block_m: int
@@ -49,6 +50,7 @@ class Tiles:
     parts: int
     num_warps: int
     num_stages: int
+    shortest: int = 0
 
 
 @triton.jit
@@ -166,14 +168,14 @@ def _attend(
     log2_scale, stride_qh, stride_qn, stride_oh, stride_on, width,
     FORMAT: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, SWAP: tl.constexpr, CHAINED: tl.constexpr,
+    PARTS: tl.constexpr, SWAP: tl.constexpr, SHORTEST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     chain.begin(CHAINED)
     TOKENS: tl.constexpr = 0 if SWAP else 1  # axis of the scores
     compute: tl.constexpr = k_rope.dtype.element_ty
     dtype: tl.constexpr = compute if FORMAT == "auto" or compute == tl.float32 else tl.float16
     split, row, length = tl.program_id(1), tl.program_id(2), tl.load(context + tl.program_id(2))
-    stretch = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    stretch = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N, SHORTEST)
     first, last = split * stretch, tl.minimum((split + 1) * stretch, length)
 
     pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query H + head
@@ -264,6 +266,16 @@ def choose_tiles(latents: Latents, rows: int, pairs: int, page_size: int, longes
     )  # fmt: skip
 
 
+def fixed_tiles(latents: Latents, heads: int, page_size: int) -> Tiles:
+    """Tiles for rows of one query whose results must not depend on other rows or on the table's width: a context alone
+    says into how many stretches it is cut, of 256 tokens at least, 16 at most."""
+    wide, quantised, block_n = heads > 32, latents.format != "auto", min(page_size, 64)
+    return Tiles(
+        block_m=64 if wide else max(16, triton.next_power_of_2(heads)), block_n=block_n, splits=16, shortest=256,
+        swap=not wide and block_n == 64, parts=1, num_warps=8 if wide or quantised else 4, num_stages=2,
+    )  # fmt: skip
+
+
 def stretches(
     q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor,
     *, page_size: int, scale: float, tiles: Tiles | None = None,
@@ -284,7 +296,9 @@ def stretches(
     block_n, group = min(tiles.block_n, page_size), group_of(latents.format, r)
     split, device = tiles.splits > 1, q_latent.device
     lse = torch.empty(tiles.splits, n, h, dtype=torch.float32, device=device) if split else None
-    out = torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=device) if split else q_latent.new_empty(h, n, r)
+    out = (
+        torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=device) if split else q_latent.new_empty(h, n, r)
+    )
     scales = out if latents.scales is None else latents.scales
     parts = tiles.parts if latents.format == "auto" else 4
     codes = latents.c_kv if latents.format == "auto" else latents.c_kv.view(torch.int32)
@@ -293,7 +307,7 @@ def stretches(
         scale * LOG2E, q_latent.stride(0), q_latent.stride(1), out.stride(0), out.stride(1), w,
         FORMAT=latents.format, Q=q, H=h, R=r, P=p, GROUP=group, PAGE=page_size, SPLITS=tiles.splits,
         BLOCK_M=tiles.block_m, BLOCK_N=block_n, PARTS=parts, SWAP=tiles.swap,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
+        SHORTEST=tiles.shortest, num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore
         **chain.options(q_rope),
     )  # fmt: skip
     return out, lse
@@ -322,9 +336,7 @@ def mla_decode(
     row with its own N / B new ones, which see each other causally; 0 is a row of padding, whose output is 0. No slot
     past a context is read. `tiles` None: chosen from the shapes.
     """
-    parts, lse = stretches(
-        q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale, tiles=tiles
-    )
+    parts, lse = stretches(q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale, tiles=tiles)
     return parts if lse is None else combine(parts, lse, q_latent.dtype)
 
 

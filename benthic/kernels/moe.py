@@ -24,8 +24,8 @@ from benthic.kernels.moe_tiles import Tiles
 from benthic.kernels.moe_weights import ExpertWeights, moe_ref
 
 __all__ = [
-    "ExpertWeights", "Fp8Sorted", "Fp8Tiles", "Rows", "Sorted", "Tiles", "Way", "choose_tiles", "moe", "moe_norm",
-    "moe_ref",
+    "ExpertWeights", "Fp8Sorted", "Fp8Tiles", "Rows", "Sorted", "Tiles", "Way", "choose_tiles", "fixed_tiles", "moe",
+    "moe_norm", "moe_ref",
 ]  # fmt: skip
 
 Way = Rows | Tiles | Fp8Tiles | Fp8Sorted | Sorted
@@ -89,6 +89,13 @@ def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
             num_warps=8, num_stages=3,
         )  # fmt: skip
     return Sorted()
+
+
+def fixed_tiles(dtype: torch.dtype) -> Tiles:
+    """One way for any number of tokens: a token's sums then do not depend on how many there are."""
+    if dtype == torch.float32:
+        return Tiles(up_k=64, down_k=64, num_stages=3)
+    return Tiles(block_m=64, up_n=128, up_k=64, down_n=128, down_k=64, num_warps=8)
 
 
 def _choose_fp8(pairs: float) -> Fp8Tiles | Fp8Sorted:

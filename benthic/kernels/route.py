@@ -35,10 +35,14 @@ class Tiles:
     rows_experts: int = 2
     rows_block: int = 512
     tile_tokens: int = 16  # small, so that a few hundred tokens occupy the chip
+    tall_from: int = 1025  # tokens from which on a tile holds four times as many
     tile_experts: int = 32
     tile_block: int = 128
     num_warps: int = 4
     num_stages: int = 3
+
+
+FIXED = Tiles(rows_max=0, tall_from=2**31)  # one way for any number of tokens: none sees how many there are
 
 
 @triton.jit
@@ -168,7 +172,7 @@ def add_norm_logits(
     logits = torch.empty(n, e, dtype=torch.float32, device=x.device)
     if n > t.rows_max:
         normed, total = norm.add_rms_norm(x, residual, norm_weight, eps)
-        tokens = t.tile_tokens if n <= 1024 else 4 * t.tile_tokens
+        tokens = t.tile_tokens if n < t.tall_from else 4 * t.tile_tokens
         _logits_of_tiles[triton.cdiv(n, tokens), triton.cdiv(e, t.tile_experts)](
             normed, weight, logits, normed.stride(0), n, D=d, E=e, BLOCK_N=tokens, BLOCK_E=t.tile_experts,
             BLOCK_D=t.tile_block, num_warps=t.num_warps, num_stages=t.num_stages,  # pyright: ignore

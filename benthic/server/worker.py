@@ -42,6 +42,10 @@ class Engine(Protocol):
         """Whether `step` has something to do or to report."""
         ...
 
+    def close(self) -> None:
+        """End what runs beside this process."""
+        ...
+
 
 class Stream:
     """A place in the worker and the tokens that arrive there. Belongs to the event loop.
@@ -181,6 +185,7 @@ class Worker:
         finally:  # nobody waits for a dead engine
             self.refusal = self.refusal or "the engine has failed -> restart the server"
             self._call(partial(self._fail_open, self.refusal))
+            self._engine.close()
 
     def _take(self) -> None:
         """Do what the event loop asked for; with nothing to run, sleep until it asks."""

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -287,3 +288,25 @@ def test_a_missing_extra_is_named(tokenizer, monkeypatch):
 def test_the_engine_imports_without_xgrammar():
     code = "import sys, benthic.inference.engine; sys.exit('xgrammar' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_closed_engine_leaves_no_process(model, tokenizer):
+    date = SamplingParams(max_tokens=10, structured_outputs=DATE)
+    with Engine(model, tokenizer) as engine:
+        assert len(engine.generate([[7]], date)[0].text) == 7
+        process = engine.grammars._compiler._process
+        assert process.poll() is None  # the negative control: it waits for more
+    assert process.poll() is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+    engine.close()  # again: nothing is left to do
+    assert len(engine.generate([[8]], SamplingParams(max_tokens=3))[0].token_ids) == 3
+
+
+def test_a_closed_engine_starts_the_process_again_for_a_form(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    engine.close()
+    assert len(engine.generate([[7]], SamplingParams(max_tokens=10, structured_outputs=DATE))[0].text) == 7
+    process = engine.grammars._compiler._process
+    engine.close()
+    assert process.poll() is not None

@@ -92,3 +92,12 @@ def test_a_folder_without_tokenizer_takes_ids_only(tmp_path, model):
         llm.generate("the sea", GREEDY)
     with pytest.raises(InputError, match=r"chat\(\) needs a tokenizer"):
         llm.chat([{"role": "user", "content": "?"}], GREEDY)
+
+
+def test_a_closed_llm_has_closed_its_engine(folder, monkeypatch):
+    with LLM(folder, device="cpu", config=EngineConfig(max_num_seqs=4)) as llm:
+        closed = []
+        monkeypatch.setattr(llm.engine, "close", lambda: closed.append(True))
+        llm.generate("the sea", GREEDY)
+        assert not closed
+    assert closed == [True]

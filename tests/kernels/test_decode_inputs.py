@@ -34,7 +34,10 @@ def test_angles_are_those_of_plain_torch(device: str) -> None:
 
 
 def test_what_does_not_fit_is_refused(device: str) -> None:
-    data, feed = torch.zeros(2, 6, dtype=torch.int64, device=device), torch.zeros(2, 1, dtype=torch.int64, device=device)
+    data, feed = (
+        torch.zeros(2, 6, dtype=torch.int64, device=device),
+        torch.zeros(2, 1, dtype=torch.int64, device=device),
+    )
     with pytest.raises(ValueError, match="do not fit"):
         decode_inputs.rows(data, 2, feed, feed[:, 0], PAGE)
     with pytest.raises(ValueError, match="use int64"):

@@ -55,6 +55,9 @@ class FakeEngine:
         del self.running[request_id]
         self.counts["aborted"] += 1
 
+    def close(self):
+        self.counts["closed"] += 1
+
     def step(self):
         self.threads.add(threading.current_thread().name)
         self.at_gate.set()

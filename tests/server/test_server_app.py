@@ -249,6 +249,8 @@ def test_draining_refuses_new_requests_finishes_old_ones_and_closes(launch, engi
     server.thread.join(10)
     assert not server.thread.is_alive()
     assert server.server.signal == signal.SIGTERM
+    server.worker.join(10)
+    assert engine.counts["closed"] == 1
 
 
 def test_requests_that_outlive_the_shutdown_timeout_end_with_an_error(launch, engine, eventually):
