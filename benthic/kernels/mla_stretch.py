@@ -30,35 +30,41 @@ def _stretch(
     first = split * BLOCK
     page = tl.load(table + row.to(tl.int64) * width + first // PAGE, mask=first < length, other=0)
     token, column, rope = tl.arange(0, BLOCK), tl.arange(0, R // PARTS), tl.arange(0, P)
-    slot, inside = page.to(tl.int64) * PAGE + first % PAGE + token, (first + token < length)[:, None]
-    if first + BLOCK > length - Q:
-        chain.wait(CHAINED)
+    slot, position = (page.to(tl.int64) * PAGE + first % PAGE + token)[:, None], (first + token)[:, None]
+    old, new = position < length - Q, (position >= length - Q) & (position < length)
     tile = ()
     for i in tl.static_range(PARTS):
-        at = c_kv + slot[:, None] * R + i * (R // PARTS) + column[None, :]
-        tile += (tl.load(at, mask=inside, other=0.0),)
-    k_r = tl.load(k_rope + slot[:, None] * P + rope[None, :], mask=inside, other=0.0)
+        tile += (tl.load(c_kv + slot * R + i * (R // PARTS) + column[None, :], mask=old, other=0.0),)
+    k_r = tl.load(k_rope + slot * P + rope[None, :], mask=old, other=0.0)
     chain.wait(CHAINED)
+    if first + BLOCK > length - Q:
+        whole = ()
+        for i in tl.static_range(PARTS):
+            whole += (tl.load(c_kv + slot * R + i * (R // PARTS) + column[None, :], mask=new, other=tile[i]),)
+        tile = whole
+        k_r = tl.load(k_rope + slot * P + rope[None, :], mask=new, other=k_r)
 
+    qs = ()
     pair = tl.arange(0, BLOCK_M)  # query H + head
-    n, head, real = (row * Q + pair // H).to(tl.int64), pair % H, pair < Q * H
+    n, head, real = (row * Q + pair // H).to(tl.int64), pair % H, (pair < Q * H)[:, None]
     part = (split * tl.num_programs(1) * Q).to(tl.int64) * H + n * H + head  # [splits, N, H]
-    q_r = tl.load(q_rope + (n * H + head)[:, None] * P + rope[None, :], mask=real[:, None], other=0.0)
-    s = tl.dot(q_r, tl.trans(k_r), input_precision="ieee")
+    q_r = tl.load(q_rope + (n * H + head)[:, None] * P + rope[None, :], mask=real, other=0.0)
     for i in tl.static_range(PARTS):
         at = (q_latent + head * stride_qh + n * stride_qn + i * (R // PARTS))[:, None] + column[None, :]
-        q = tl.load(at, mask=real[:, None], other=0.0)
-        s += tl.dot(q, tl.trans(tile[i]), input_precision="ieee")
+        qs += (tl.load(at, mask=real, other=0.0),)
+    s = tl.dot(q_r, tl.trans(k_r), input_precision="ieee")
+    for i in tl.static_range(PARTS):
+        s += tl.dot(qs[i], tl.trans(tile[i]), input_precision="ieee")
     visible = length - Q + 1 + pair // H  # positions that this pair sees
     s = tl.where((first + token)[None, :] < visible[:, None], s * log2_scale, float("-inf"))
     top = tl.max(s, 1)
     p = tl.exp2(s - tl.where(top > float("-inf"), top, 0.0)[:, None])  # nothing visible: all weights are 0, none NaN
     total = tl.sum(p, 1)
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
-    tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-38)), mask=real)
+    tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-38)), mask=pair < Q * H)
     for i in tl.static_range(PARTS):
         value = tl.dot(p.to(tile[i].dtype), tile[i], input_precision="ieee") * inverse[:, None]
-        tl.store(out + (part * R + i * (R // PARTS))[:, None] + column[None, :], value, mask=real[:, None])
+        tl.store(out + (part * R + i * (R // PARTS))[:, None] + column[None, :], value, mask=real)
 
 
 def fits(latents: Latents, rows: int, pairs: int, page_size: int, longest: int) -> bool:

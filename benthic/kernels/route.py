@@ -23,6 +23,7 @@ from torch import Tensor
 from benthic.kernels import chain, norm
 from benthic.kernels.gemv import fetch, fetch_vector
 
+LATE = 0
 Scoring = Literal["sigmoid", "softmax"]
 Method = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 
@@ -48,16 +49,19 @@ FIXED = Tiles(rows_max=0, tall_from=2**31)  # one way for any number of tokens: 
 @triton.jit
 def _logits_of_rows(
     x, residual, norm_weight, weight, normed, total, logits, eps, stride_x, stride_r,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, LATE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Every program adds and norms its token's row for itself; the first of a token writes it."""
-    chain.begin(CHAINED)
+    if LATE == 0:
+        chain.begin(CHAINED)
     dtype: tl.constexpr = total.dtype.element_ty
     token, expert = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     tiles, factors = fetch(weight + expert * D, expert < E, D, D, BLOCK_D), ()
     for first in tl.static_range(0, D, BLOCK_D):
         factors += (fetch_vector(norm_weight, D, first, BLOCK_E, BLOCK_D),)
     chain.wait(CHAINED)
+    if LATE:
+        chain.begin(CHAINED)
     sums, square, product = (), tl.zeros([BLOCK_E, BLOCK_D], tl.float32), tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
         value = fetch_vector(x + token * stride_x, D, first, BLOCK_E, BLOCK_D)
@@ -185,7 +189,7 @@ def add_norm_logits(
         _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
             x, residual, norm_weight, weight, normed, total, logits, eps, x.stride(0), residual.stride(0),
             D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)),
-            num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            LATE=LATE, num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return normed, total, logits
 
