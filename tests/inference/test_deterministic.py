@@ -121,23 +121,23 @@ def test_company_chunks_and_drafts_change_no_bit_on_kernels(built) -> None:
 @pytest.mark.parametrize("name", ["V3", "V2"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_num_batched_tokens": 16}, {"num_pages": 5}, {"cache": "int6"}],
+    [{}, {"max_num_batched_tokens": 16}, {"num_pages": 4}, {"cache": "int6"}],
     ids=["whole prompts", "chunks", "short of pages", "6 bits"],
 )
 def test_company_changes_no_bit_on_kernels(built, name, settings) -> None:
-    engine = check_on_kernels(built(name), 5, 34, 14, **settings)
+    engine = check_on_kernels(built(name), 3, 20, 14, **settings)
     assert (engine.stats.preemptions > 0) == ("num_pages" in settings)
 
 
 @LONG
 def test_drafts_change_no_bit_on_kernels(built) -> None:
-    engine = check_on_kernels(built("V3"), 4, 34, 8, num_speculative_tokens=1)
+    engine = check_on_kernels(built("V3"), 3, 20, 6, num_speculative_tokens=1)
     assert engine.stats.drafted > 0
 
 
 @LONG
 def test_deterministic_answers_on_kernels_are_those_of_the_plain_model(built) -> None:
-    model, (prompts, params) = built("V3").float(), work(4, 61, 34, 6)
+    model, (prompts, params) = built("V3").float(), work(3, 61, 20, 4)
     model.dtype = torch.float32
     found, _ = together(model, prompts, params, deterministic=True, **PAGES)
     expected, _ = together(model, prompts, params, **(PAGES | {"backend": "plain"}))
