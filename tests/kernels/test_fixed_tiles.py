@@ -57,12 +57,14 @@ def test_the_stretches_of_fixed_tiles_follow_the_context_alone(device) -> None:
 
 
 def test_the_router_gives_a_token_the_same_bits_in_any_company(device) -> None:
-    x, weight = random(device, 19, 200), random(device, 8, 200)
+    x, residual, weight = random(device, 19, 200), random(device, 19, 200), random(device, 8, 200)
+    scale = random(device, 200) + 1
 
     def choose(rows: slice, tiles: route.Tiles) -> tuple[Tensor, Tensor]:
-        return route.route(
-            x[rows], weight, None, num_experts_per_tok=3, scoring_func="softmax", topk_method="greedy", n_group=1,
-            topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0, tiles=tiles,
+        _, _, logits = route.add_norm_logits(x[rows], residual[rows], scale, 1e-6, weight, tiles=tiles)
+        return route.choose(
+            logits, None, num_experts_per_tok=3, scoring_func="softmax", topk_method="greedy", n_group=1,
+            topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0,
         )  # fmt: skip
 
     whole = choose(slice(None), route.FIXED)
