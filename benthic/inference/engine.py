@@ -15,9 +15,11 @@ import torch
 from benthic.base.errors import BenthicError, DoesNotFit, InputError
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
+from benthic.inference.lead import Following, Leading, shared
 from benthic.inference.request import Delta, FinishReason, Output, Request, Seq
 from benthic.inference.runner import PlainRunner, Runner
 from benthic.inference.scheduler import Plan, Scheduler
+from benthic.inference.share import Share, ranks_of
 from benthic.inference.stats import Stats
 from benthic.inference.stop import Transcript
 from benthic.model.cache import bytes_per_token
@@ -47,12 +49,15 @@ class Step(NamedTuple):
 class Engine:
     """Runs requests on `model`. With a tokenizer, outputs carry text, end at its end of sentence, and hold only ids
     that it knows: released models have embedding rows beyond the tokenizer's last id.
+
+    Of a model that processes share, each makes an engine in the same order. Rank 0's is used as any other and closed at
+    the end; the others' `follow`. The config is rank 0's.
     """
 
     def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
         c = model.config
         modules = c.num_nextn_predict_layers if c.mtp_type == "sequential" else 0  # others cannot draft one by one
-        asked = config or EngineConfig()
+        asked = ranks_of(model).same(config or EngineConfig())
         self.config = fitted(asked.resolve(c.max_position_embeddings, modules), model, asked.num_pages)
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
@@ -142,6 +147,22 @@ class Engine:
     def update_weights(self) -> None:
         """The model's parameters have changed: latents computed with the old ones are not used for new requests."""
         self.scheduler.reset_cache()
+
+    def follow(self) -> None:
+        """On a rank that is not 0: do what rank 0 does, until it closes or one of the ranks fails."""
+        if not isinstance(self.runner, Following):
+            raise BenthicError("follow() is for ranks other than 0 of a model that processes share")
+        self.runner.run()
+
+    def rebalance(self) -> None:
+        """Place the experts of a model that processes share anew, by their load since the last time."""
+        if isinstance(self.runner, Leading):
+            self.runner.rebalance()
+
+    def close(self) -> None:
+        """Let the other processes go, where there are any; no step comes after this."""
+        if isinstance(self.runner, Leading):
+            self.runner.close()
 
     def step(self) -> Step:
         """Run one batch. Without anything to do, the step is empty. After an error it has not happened; where it fails
@@ -272,6 +293,12 @@ class Engine:
 
 
 def make_runner(model: Transformer, config: EngineConfig, vocab_size: int) -> Runner:
+    """One for this process alone, or for its part in a model that several share."""
+    runner = _runner_here(model, config, vocab_size)
+    return shared(runner, model) if isinstance(model, Share) else runner
+
+
+def _runner_here(model: Transformer, config: EngineConfig, vocab_size: int) -> Runner:
     """Kernels where they can compute the model and it lies on a GPU, else the plain model."""
     if config.backend == "plain" or (config.backend == "auto" and not model.embed_tokens.weight.is_cuda):
         return PlainRunner(model, config, vocab_size)
@@ -292,7 +319,7 @@ def fitted(config: EngineConfig, model: Transformer, asked: int) -> EngineConfig
     room = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room -= int(total * (1 - config.gpu_memory_utilization))
     per_page = config.page_size * (8 + bytes_per_token(model.config, model.dtype.itemsize, config.kv_cache_dtype))
-    pages = min(config.num_pages, max(0, room // per_page))
+    pages = ranks_of(model).least(min(config.num_pages, max(0, room // per_page)))
     longest = -(-config.max_model_len // config.page_size)
     if pages < longest:
         raise DoesNotFit(

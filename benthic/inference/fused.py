@@ -2,7 +2,8 @@
 
 It reads the parameters of the model's own modules. Projections of the same input are laid into one storage, of which
 the parameters become views; the absorbed matrices are views of `kv_b_proj`. Nothing is copied, so whoever writes the
-weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it shares.
+weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it shares. Of a
+`Share` it computes that share and adds up over the processes.
 
 Letters: N tokens (decode rows first), B decode rows of Q queries, H heads, D, P, V, R widths as in mla.py, d hidden.
 """
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.errors import InputError
+from benthic.inference.share import PlacedMoE, ranks_of
 from benthic.kernels import latent_store, mla_decode, moe, norm, route
 from benthic.kernels.gemv import linear
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
+from benthic.kernels.moe_place import place
 from benthic.kernels.moe_sorted import silu_times_up
 from benthic.model.block import Block
 from benthic.model.cache import LatentCache
@@ -76,7 +79,7 @@ class Fused:
     def __init__(self, model: Transformer, cache: LatentCache, page_size: int):
         if reason := unfit(model):
             raise InputError(f"{reason} -> use the plain forward pass")
-        self.model, self.cache, self.page_size = model, cache, page_size
+        self.model, self.cache, self.page_size, self.ranks = model, cache, page_size, ranks_of(model)
         device = model.embed_tokens.weight.device
         self.frequencies, self.turn = frequencies(model.config, device), turn_factor(model.config)
         with torch.no_grad():
@@ -121,7 +124,7 @@ class Fused:
         delta = self.attention(layer, block.self_attn, normed, tokens, angles)  # type: ignore[arg-type]
         middle = block.post_attention_layernorm
         normed, x = norm.add_rms_norm(delta, x, middle.weight, middle.eps)
-        return self.feed_forward(block.mlp, normed, x, after)  # type: ignore[arg-type]
+        return self.feed_forward(block.mlp, normed, x, after, tokens)  # type: ignore[arg-type]
 
     def attention(self, layer: int, attn: MLA, x: Tensor, tokens: Tokens, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, d] -> [N, d]: absorbed for the decode rows, decompressed for the prompts."""
@@ -150,7 +153,7 @@ class Fused:
             torch.bmm(o_latent, w_uv.transpose(1, 2), out=out[:n].transpose(0, 1))  # W^UV absorbed into the output
         if tokens.prefill is not None and dense is not None:
             out[n:] = self.prompts(attn, q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:], latents, tokens.prefill)
-        return linear(out.flatten(1), attn.o_proj.weight)
+        return self.ranks.sum(linear(out.flatten(1), attn.o_proj.weight))
 
     def prompts(
         self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents, chunks: Prefill
@@ -170,17 +173,31 @@ class Fused:
             result = merge(result, part)
         return result[0]
 
-    def feed_forward(self, mlp: FFN | MoE, normed: Tensor, x: Tensor, after: RMSNorm) -> tuple[Tensor, Tensor]:
+    def feed_forward(
+        self, mlp: FFN | MoE, normed: Tensor, x: Tensor, after: RMSNorm, tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
         """normed [N, d] through the network, added to x [N, d] -> (its norm for what comes `after`, the sum)."""
         if isinstance(mlp, FFN):
-            return norm.add_rms_norm(dense(mlp, normed), x, after.weight, after.eps)
+            return norm.add_rms_norm(self.ranks.sum(dense(mlp, normed)), x, after.weight, after.eps)
         c, gate = self.model.config, mlp.gate
         ids, weights = route.route(
             normed, gate.weight, gate.e_score_correction_bias, num_experts_per_tok=c.num_experts_per_tok,
             scoring_func=c.scoring_func, topk_method=c.topk_method, n_group=c.n_group, topk_group=c.topk_group,
             norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip
-        return moe.moe_norm(normed, self.experts[mlp], ids, weights, x, after.weight, after.eps)
+        if self.ranks.size == 1:
+            return moe.moe_norm(normed, self.experts[mlp], ids, weights, x, after.weight, after.eps)
+        return norm.add_rms_norm(self.shared_out(mlp, normed, ids, weights, tokens), x, after.weight, after.eps)
+
+    def shared_out(self, mlp: MoE, normed: Tensor, ids: Tensor, weights: Tensor, tokens: Tokens) -> Tensor:
+        """A mixture of which the processes hold a part each, normed [N, d] -> [N, d]."""
+        experts, apart, of = self.experts[mlp], None, 0
+        if experts.n_shared == 0:
+            apart = dense(mlp.shared_experts, normed)
+        if isinstance(mlp, PlacedMoE):
+            ids = place(ids, tokens.ids, tokens.positions, tokens.slots, mlp.copies, mlp.count, mlp.load)
+            of = mlp.all_slots
+        return self.ranks.sum(moe.moe(normed, experts, ids, weights, apart, of=of))
 
 
 def dense(network: FFN, x: Tensor) -> Tensor:
@@ -195,8 +212,11 @@ def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 
 def of_module(mlp: MoE) -> ExpertWeights:
-    """The weights of a mixture under the names of its kernels, in place."""
+    """The weights of a mixture under the names of its kernels, in place. Shared experts that are narrower than a routed
+    one, as shares of them may be, cannot ride along and are left out."""
     shared = mlp.shared_experts
+    if shared.down_proj.weight.shape[1] % mlp.routed_experts.down_proj.shape[2]:
+        return ExpertWeights(gate_up_proj=mlp.routed_experts.gate_up_proj, down_proj=mlp.routed_experts.down_proj)
     return ExpertWeights(
         gate_up_proj=mlp.routed_experts.gate_up_proj, down_proj=mlp.routed_experts.down_proj,
         shared_gate_proj=shared.gate_proj.weight, shared_up_proj=shared.up_proj.weight,
