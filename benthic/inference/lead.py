@@ -92,8 +92,9 @@ class Leading:
         self.ranks.guarded(work)
 
     def close(self) -> None:
-        """Let the other ranks go."""
-        self.ranks.guarded(lambda: self.ranks.tell({"do": "close"}))
+        """Let the other ranks go, unless a failure has ended them."""
+        if not self.ranks.failure:
+            self.ranks.guarded(lambda: self.ranks.tell({"do": "close"}))
 
     def _message(self, plan: Plan, bitmask: Tensor | None) -> dict[str, Any]:
         gone = [number for number, told in self._told.items() if told.seq.finish_reason]

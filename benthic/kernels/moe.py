@@ -44,7 +44,7 @@ def _combine(
     for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]  unrolled: all loads at once
         weight = tl.load(topk_weights + token * K + k).to(dtype).to(tl.float32)
         row = tl.load(place + token * K + k) if PLACED else token * slots + k
-        mask = inside & (tl.load(topk_ids + token * K + k) >= 0) if SOME else inside
+        mask = d < tl.where(tl.load(topk_ids + token * K + k) < 0, 0, D) if SOME else inside
         total += weight * tl.load(y + row * D + d, mask=mask, other=0.0).to(tl.float32)
     if SHARED:
         last = shared + token * D if PLACED else y + (token * slots + K) * D

@@ -63,6 +63,11 @@ def shared_by(config: ParallelConfig) -> int:
     return asked
 
 
+def follows(config: ParallelConfig) -> bool:
+    """Whether this process shares the model and leaves the talking to rank 0."""
+    return shared_by(config) > 1 and launched().rank > 0
+
+
 class Alone:
     """One process that holds the whole model: nothing to add up, nobody to tell."""
 
@@ -96,7 +101,7 @@ class Ranks:
             backend, store=PrefixStore("work", store), rank=rank, world_size=size, timeout=WORK, device_id=where
         )
         self._messages: Any = dist.new_group(backend="gloo", timeout=IDLE)
-        self._failure = ""
+        self.failure = ""  # what ended the work of all ranks
         self._done = threading.Event()
         threading.Thread(target=self._watch, name="benthic-ranks", daemon=True).start()
 
@@ -185,25 +190,23 @@ class Ranks:
     def leave(self) -> None:
         """The work is done, on every rank."""
         self._done.set()
-        if not self._failure:
+        if not self.failure:
             dist.destroy_process_group()
 
     def guarded(self, work: Callable[[], T]) -> T:
         """`work`; an error in it ends the work of all ranks. What is raised names the rank that failed first."""
-        if self._failure:
-            raise BenthicError(self._failure)
+        if self.failure:
+            raise BenthicError(self.failure)
         try:
             return work()
         except BaseException as error:
             self._done.set()
             if found := self._found():  # ours is what comes of another's
-                self._failure = found
+                self.failure = found
                 raise BenthicError(found) from error
             text = " ".join(str(error).split())
-            self._failure = (
-                f"rank {self.rank} of {self.size} failed ({type(error).__name__}: {text}) -> start all again"
-            )
-            self._store.set(FAILED, self._failure)
+            self.failure = f"rank {self.rank} of {self.size} failed ({type(error).__name__}: {text}) -> start all again"
+            self._store.set(FAILED, self.failure)
             raise
 
     def _found(self) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch.distributed import FileStore
 from benthic.base import tensors
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
+from benthic.inference.lead import from_data, to_data
 from benthic.inference.request import Output, Request
 from benthic.inference.share import Share, ShareOf
 from benthic.model import hf
 from benthic.model.config import ModelConfig
 from benthic.model.init import initialise
 from benthic.model.transformer import Transformer
+from benthic.parallel import ranks as module
 from benthic.parallel.config import ParallelConfig
 from benthic.parallel.ranks import Ranks
 
@@ -42,6 +45,13 @@ V1 = ModelConfig(
     n_routed_experts=0, first_k_dense_replace=2, num_nextn_predict_layers=0, max_position_embeddings=96,
 )  # fmt: skip
 QWEN = dataclasses.replace(V1, model_type="qwen2", tie_word_embeddings=True)
+WIDE = dataclasses.replace(  # wide enough for the kernels
+    V3, num_hidden_layers=2, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
+)
+BROAD = dataclasses.replace(  # whose slices are wider than a page of the disk
+    V3, hidden_size=256, num_hidden_layers=2, moe_intermediate_size=2048, intermediate_size=2048, v_head_dim=512,
+    q_lora_rank=None,
+)  # fmt: skip
 SLICED, PLACED = ParallelConfig(), ParallelConfig(enable_expert_parallel=True)
 SPARE = dataclasses.replace(PLACED, num_redundant_experts=4)
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -99,7 +109,7 @@ def compare(
     if ranks.rank:
         engine.follow()
         return {}
-    plain = Engine(model, None, EngineConfig(**settings))
+    plain = Engine(model, None, EngineConfig(**settings | {"backend": "plain"}))
     facts = {"apart": apart, "expected": seen(plain.generate(asked, params))}
     facts |= {"found": seen(engine.generate(asked, params))}
     if more is not None:
@@ -135,6 +145,19 @@ def rebalanced(engine: Engine) -> Any:
     }
 
 
+def kernels(ranks: Ranks, parallel: ParallelConfig) -> dict[str, Any]:
+    """The runner on kernels, where there is no GPU in Triton's interpreter and without graphs."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from test_fused_runner import Host
+
+    from benthic.inference import fused_runner
+
+    fused_runner.Cuda = Host  # type: ignore[assignment]
+    settings = {"page_size": 16, "num_pages": 20, "max_model_len": 64, "num_speculative_tokens": 1}
+    short = dataclasses.replace(GREEDY, max_tokens=3)
+    return compare(ranks, WIDE, parallel, prompts(4, 18), short, backend="fused", **settings)
+
+
 def loading(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Every rank reads its part of a checkpoint, in BF16-like slices and in FP8 blocks, and counts what it read."""
     facts: dict[str, Any] = {}
@@ -156,6 +179,8 @@ def loading(ranks: Ranks, folder: Path) -> dict[str, Any]:
         facts[kind] = {
             "same": all(torch.equal(t, expected[name]) for name, t in mine.state_dict().items()),
             "read": read[0],
+            "file": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+            "checks": 4 * model.embed_tokens.weight.nbytes,
             "held": sum(t.nbytes for t in mine.parameters()),
         }
     return facts
@@ -190,8 +215,14 @@ def run(case: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
             return compare(ranks, V3, SPARE, some, more=rebalanced, **drafting)
         case "every third step":
             return compare(ranks, V3, dataclasses.replace(SPARE, eplb_step_interval=3), some)
+        case "kernels":
+            return kernels(ranks, SLICED)
+        case "kernels placed":
+            return kernels(ranks, SPARE)
         case "loading":
             return loading(ranks, folder)
+        case "leader fails":
+            return leader_fails(ranks)
         case "raises":
             return raises(ranks)
         case "killed":
@@ -225,8 +256,27 @@ def raises(ranks: Ranks, kill: bool = False) -> dict[str, Any]:
     return {"type": "", "message": "nothing was raised"}
 
 
+def leader_fails(ranks: Ranks) -> dict[str, Any]:
+    """Rank 0 fails before it tells the others of its step, and lives on until they have ended."""
+    engine = Engine(share(whole(V3), PLACED, ranks), None, EngineConfig(page_size=8, max_model_len=80, num_pages=60))
+    if ranks.rank:
+        engine.follow()
+        return {}
+
+    def tell(message: dict[str, Any]) -> None:
+        raise RuntimeError("before anything was told")
+
+    ranks.tell = tell  # type: ignore[method-assign]
+    try:
+        engine.generate(prompts(5), GREEDY)
+    except RuntimeError:
+        time.sleep(4)
+    return {}
+
+
 def main(rank: int, size: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
+    module.GRACE_S = 1.0
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     store = FileStore(str(folder / "store"), size)
     ranks = Ranks(store, rank, size, local_size=size, device=torch.device("cpu"))
