@@ -3,27 +3,28 @@
     torchrun --nproc-per-node 2 benchmarks/parallel_serving.py --model v2-lite --output rows.json
 
 Random weights and tokens, BF16. Every step runs on the whole model on one GPU, then on its shares: `sliced`, each
-expert split, and `placed`, whole experts on either GPU (--spare copies more). First the hidden states are compared, and
-the greedy answers of the engines; then the times of decode steps (CUDA graphs: all layers, output head, likeliest
-token), the same without the sums, which computes nonsense and shows what they cost, and of a step of prompts.
+expert split, and `placed`, whole experts on either GPU. --check compares the hidden states of four layers first, of
+`spare` too, which has more copies, before and after experts have moved. Times: decode steps (CUDA graphs: all layers,
+output head, likeliest token), what the sums are of them (the same without, which computes nonsense), a step of prompts,
+and the whole engine; sums through shared memory and through NCCL.
 """
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from decode import PAGE, decode_tokens, milliseconds, prompt_tokens, shape
 from torch import Tensor
 
-from benthic.inference.config import EngineConfig, SamplingParams
+from benthic.inference.config import EngineConfig
 from benthic.inference.engine import Engine
 from benthic.inference.fused import Fused, Tokens
+from benthic.inference.rebalance import better, move
+from benthic.inference.rebalance import measured as measured_load
 from benthic.inference.share import Share, ShareOf
 from benthic.jobs.bench import cache_pages, measured, random_model
 from benthic.model import hf
@@ -43,6 +44,19 @@ def share(model: Transformer, parallel: ParallelConfig, ranks: Ranks) -> Share:
         for name, view in part.places(found):
             view.copy_(whole[name][part.index(tuple(view.shape), tuple(whole[name].shape))])
     return found.eval()  # type: ignore[return-value]
+
+
+def random_share(config: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Share:
+    """A share with random weights; what is whole everywhere is the same on all ranks."""
+    mine = ShareOf(parallel, ranks).empty(config, f"cuda:{ranks.rank}", torch.bfloat16)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, 0.02)
+    return mine.eval()
 
 
 def graph_of(step: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
@@ -113,47 +127,39 @@ def times(name: str, model: Transformer, options: argparse.Namespace) -> dict[st
 
 
 def compare(config: ModelConfig, ranks: Ranks, kinds: dict[str, ParallelConfig]) -> list[dict[str, Any]]:
-    """Hidden states and answers of shares beside those of the whole model."""
+    """Hidden states of shares beside those of the whole model, before and after experts have moved."""
     model = random_model(config, "cuda", torch.bfloat16)
-    settings = EngineConfig(max_num_seqs=8, max_model_len=512, num_pages=80)
-    params = SamplingParams(max_tokens=24, temperature=0)
-    generator = torch.Generator().manual_seed(4)
-    asked = [torch.randint(2, 1000, (n,), generator=generator).tolist() for n in (5, 130, 64, 300, 17, 90)]
-    steps = [(decode_tokens, b, 200) for b in (1, 4, 16, 40, 256)] + [(prompt_tokens, 3, 256), (prompt_tokens, 8, 1024)]
+    steps = [(decode_tokens, 1, 200), (decode_tokens, 256, 200), (prompt_tokens, 2, 256)]
     forward = forward_of(model, PAGE * 2000)
     expected = [forward.hidden(seeded(make, model, *numbers)).clone() for make, *numbers in steps]
-    answers = [o.token_ids for o in Engine(model, None, settings).generate(asked, params)]
     rows = []
     for name, parallel in kinds.items():
         mine = share(model, parallel, ranks)
-        forward, errors, same = forward_of(mine, PAGE * 2000), [], True
-        for (make, *numbers), right in zip(steps, expected):
-            hidden = forward.hidden(seeded(make, mine, *numbers))
-            errors.append(((hidden - right).float().norm() / right.float().norm()).item())
-            same = same and torch.equal(ranks.agree(hidden.clone()), hidden)
-        row: dict[str, Any] = {"check": name, "errors": [round(e, 4) for e in errors], "ranks alike": same}
-        del forward
-        engine = Engine(mine, None, settings)
-        if ranks.rank:
-            engine.follow()
-        else:
-            found = [o.token_ids for o in engine.generate(asked, params)]
-            pairs = [(a, b) for x, y in zip(answers, found) for a, b in zip(x, y)]
-            row["tokens alike"] = round(statistics.mean(a == b for a, b in pairs), 3)
-            if parallel.enable_expert_parallel:
-                engine.rebalance()
-                again = [o.token_ids for o in engine.generate(asked, params)]
-                pairs = [(a, b) for x, y in zip(answers, again) for a, b in zip(x, y)]
-                row["after moving"] = round(statistics.mean(a == b for a, b in pairs), 3)
-            engine.close()
+        forward = forward_of(mine, PAGE * 2000)
+
+        def errors(mine: Share = mine, forward: Fused = forward) -> list[float]:
+            found = []
+            for (make, *numbers), right in zip(steps, expected):
+                hidden = forward.hidden(seeded(make, mine, *numbers))
+                if not torch.equal(ranks.agree(hidden.clone()), hidden):
+                    raise RuntimeError("ranks differ")
+                found.append(round(((hidden - right).float().norm() / right.float().norm()).item(), 4))
+            return found
+
+        row: dict[str, Any] = {"check": name, "errors": errors()}
+        if mine.placement is not None:
+            before = mine.placement
+            after = better(mine, before)
+            row["imbalance"] = [round(float(p.imbalance(measured_load(mine)).mean()), 3) for p in (before, after)]
+            move(mine, before, after)
+            row["after moving"] = errors()
         rows.append(row)
-        del engine, mine
     return rows
 
 
 def engine_rows(name: str, model: Transformer, ranks: Ranks, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Whole engines: scheduler, messages, sampler and all."""
-    length, new = 512, 64
+    length, new = 128, 64  # all prompts in one step
     pages = cache_pages(max(options.engine), length, new, EngineConfig.page_size)
     config = EngineConfig(
         max_num_seqs=max(options.engine), max_model_len=length + new, enable_prefix_caching=False, num_pages=pages
@@ -185,35 +191,18 @@ def fifty(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def messages(ranks: Ranks) -> dict[str, Any]:
     """Microseconds of one sum inside a graph of 50, by tokens of V2-Lite's width; and of one message."""
-    row: dict[str, Any] = {"microseconds": "sum"}
-    for n in (1, 32, 256, 8192):
-        x = torch.ones(n, 2048, dtype=torch.bfloat16, device="cuda")
+    row: dict[str, Any] = {"microseconds": "NCCL" if ranks.shared is None else "shared memory"}
+    for n in (1, 32, 256, 1000, 8192):
+        x = torch.zeros(n, 2048, dtype=torch.bfloat16, device="cuda")
         graph = graph_of(fifty(lambda x=x: ranks.sum(x)))
         row[str(n)] = round(milliseconds(graph.replay, 20) / 50 * 1e3, 2)
         del graph
-    row["one shot"] = peer_sums(ranks)
     start = time.perf_counter()
     for _ in range(200):
         ranks.tell({"do": "nothing", "rows": list(range(200))}) if ranks.rank == 0 else ranks.hear()
     ranks.least(0)
     row["message"] = round((time.perf_counter() - start) / 200 * 1e6, 1)
     return row
-
-
-def peer_sums(ranks: Ranks) -> dict[str, float] | str:
-    """The same through memory that both GPUs see, in one shot (no multicast)."""
-    import torch.distributed._symmetric_memory as symmetric
-
-    try:
-        found, group = {}, dist.group.WORLD.group_name  # type: ignore[union-attr]
-        for n in (1, 32, 256):
-            x = symmetric.empty(n, 2048, dtype=torch.bfloat16, device=torch.device("cuda", ranks.rank))
-            symmetric.rendezvous(x, group)
-            graph = graph_of(fifty(lambda x=x: torch.ops.symm_mem.one_shot_all_reduce(x, "sum", group)))
-            found[str(n)] = round(milliseconds(graph.replay, 20) / 50 * 1e3, 2)
-        return found
-    except RuntimeError as error:
-        return str(error)[:200]
 
 
 @torch.inference_mode()
@@ -226,12 +215,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1088)
     parser.add_argument("--prompts", type=int, default=8, help="prompts of 1024 tokens in one step")
     parser.add_argument("--spare", type=int, default=8, help="redundant experts")
+    parser.add_argument("--check", nargs="*", default=[], help="compare these shares of four layers with the whole")
+    parser.add_argument("--skip-one", action="store_true", help="leave out the whole model on one GPU")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     ranks, rows = Ranks.join("cuda"), []
     placed = ParallelConfig(enable_expert_parallel=True)
     spare = ParallelConfig(enable_expert_parallel=True, num_redundant_experts=options.spare)
-    kinds = {"sliced": ParallelConfig(), "placed": placed, f"placed + {options.spare}": spare}
+    kinds = {"sliced": ParallelConfig(), "placed": placed, "spare": spare}
 
     def show(more: list[dict[str, Any]]) -> None:
         rows.extend(more)
@@ -240,18 +231,28 @@ def main() -> None:
         if options.output and ranks.rank == 0:
             options.output.write_text(json.dumps(rows, indent=1) + "\n")
 
-    show(compare(shape(options.model, 4), ranks, kinds))
+    config, buffer = shape(options.model, options.layers), ranks.shared
+    if options.check:
+        show(compare(shape(options.model, 4), ranks, {name: kinds[name] for name in options.check}))
     show([messages(ranks)])
-    config = shape(options.model, options.layers)
-    model = random_model(config, "cuda", torch.bfloat16)
-    show([times("one GPU", model, options)])
-    shares = {name: share(model, parallel, ranks) for name, parallel in list(kinds.items())[:2]}
-    show(engine_rows("one GPU", model, ranks, options))
-    del model
-    torch.cuda.empty_cache()
-    for name, mine in shares.items():
+    if not options.skip_one:
+        model = random_model(config, "cuda", torch.bfloat16)
+        show([times("one GPU", model, options)])
+        show(engine_rows("one GPU", model, ranks, options))
+        del model
+        torch.cuda.empty_cache()
+    part = {name: kinds[name] for name in ("sliced", "placed")}
+    for name, parallel in part.items():
+        mine = random_share(config, parallel, ranks)
         show([times(name, mine, options)])
         show(engine_rows(name, mine, ranks, options))
+        ranks.shared = None
+        show([times(f"{name}, NCCL", mine, options)])
+        ranks.shared = buffer
+        del mine
+        torch.cuda.empty_cache()
+    ranks.shared = None
+    show([messages(ranks)])
     ranks.leave()
 
 

@@ -3,6 +3,9 @@
 Two groups: one for tensors (NCCL between GPUs, gloo between CPUs), one of gloo for messages, on which a process may
 wait for days. A rank that fails says so in the store before it leaves. Each rank looks there twice a second and ends,
 with the message, if its own work does not end by itself: nobody is left waiting for a process that is gone.
+
+Between GPUs of one machine that read each other's memory, small sums go through a buffer that all of them see, each
+GPU reading all parts in one order: 8 us less than NCCL takes to begin. No multicast is used.
 """
 
 import json
@@ -17,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -29,6 +33,7 @@ T = TypeVar("T")
 log = logging.getLogger("benthic")
 WORK = timedelta(minutes=10)  # most that ranks may lie apart within a step: kernels are compiled in the first ones
 IDLE = timedelta(days=365)  # most that a rank waits for a message; a process that ends is noticed at once
+PEER_BYTES = 1 << 22  # most that a GPU reads from the others in one sum; where more is read, NCCL is faster
 FAILED = "failed"  # key of the first failure in the store
 LOOK_S, GRACE_S = 0.5, 10.0  # between two looks at the store; for the main thread to end by itself
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the same; torch 2.13 renamed it
@@ -101,6 +106,10 @@ class Ranks:
             backend, store=PrefixStore("work", store), rank=rank, world_size=size, timeout=WORK, device_id=where
         )
         self._messages: Any = dist.new_group(backend="gloo", timeout=IDLE)
+        self.shared: Tensor | None = None
+        if device.type == "cuda" and self.nodes == 1 and size in (2, 4, 8) and _see_each_other(size):
+            self.shared = symmetric.empty(PEER_BYTES // 2 // (size - 1), dtype=torch.bfloat16, device=device)
+            symmetric.rendezvous(self.shared, _everyone())  # type: ignore[arg-type]
         self.failure = ""  # what ended the work of all ranks
         self._done = threading.Event()
         threading.Thread(target=self._watch, name="benthic-ranks", daemon=True).start()
@@ -124,9 +133,14 @@ class Ranks:
     # Tensors
 
     def sum(self, x: Tensor) -> Tensor:
-        """x, added up over all ranks in place: the same bits on each."""
-        dist.all_reduce(x)
-        return x
+        """x, added up over all ranks: the same bits on each. x itself may be overwritten."""
+        n = x.numel()
+        if self.shared is None or x.dtype != self.shared.dtype or n > len(self.shared) or n % 8:
+            dist.all_reduce(x)
+            return x
+        part = self.shared[:n]  # not the op that copies by itself: it lets others read before all is written
+        part.copy_(x.view(-1))
+        return torch.ops.symm_mem.one_shot_all_reduce(part, "sum", _everyone()).view_as(x)
 
     def gather(self, x: Tensor) -> Tensor:
         """x [..., w] of each rank, side by side [..., size w]."""
@@ -223,6 +237,17 @@ class Ranks:
                     log.critical("%s", found)
                     os._exit(1)  # the main thread waits for a rank that will never answer
                 return
+
+
+def _everyone() -> str:
+    """The name of the group for tensors."""
+    return dist.group.WORLD.group_name  # type: ignore[union-attr]
+
+
+def _see_each_other(count: int) -> bool:
+    """Whether the first GPUs of this machine can read each other's memory."""
+    pairs = ((a, b) for a in range(count) for b in range(count) if a != b)
+    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from torch.distributed import FileStore
 from benthic.base import tensors
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
-from benthic.inference.lead import from_data, to_data
 from benthic.inference.request import Output, Request
 from benthic.inference.share import Share, ShareOf
 from benthic.model import hf
@@ -258,6 +257,7 @@ def raises(ranks: Ranks, kill: bool = False) -> dict[str, Any]:
 
 def leader_fails(ranks: Ranks) -> dict[str, Any]:
     """Rank 0 fails before it tells the others of its step, and lives on until they have ended."""
+    module.GRACE_S = 0.5
     engine = Engine(share(whole(V3), PLACED, ranks), None, EngineConfig(page_size=8, max_model_len=80, num_pages=60))
     if ranks.rank:
         engine.follow()
@@ -270,13 +270,12 @@ def leader_fails(ranks: Ranks) -> dict[str, Any]:
     try:
         engine.generate(prompts(5), GREEDY)
     except RuntimeError:
-        time.sleep(4)
+        time.sleep(2)
     return {}
 
 
 def main(rank: int, size: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    module.GRACE_S = 1.0
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     store = FileStore(str(folder / "store"), size)
     ranks = Ranks(store, rank, size, local_size=size, device=torch.device("cpu"))
