@@ -157,6 +157,29 @@ def kernels(ranks: Ranks, parallel: ParallelConfig) -> dict[str, Any]:
     return compare(ranks, WIDE, parallel, prompts(4, 18), short, backend="fused", **settings)
 
 
+def primitives(ranks: Ranks) -> dict[str, Any]:
+    """What every rank gets of each kind of exchange. Messages are shorter and longer than what travels at once."""
+    mine, n = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * 10**ranks.rank, ranks.size
+    heard = []
+    for length in (3, module.FIRST, 100_000):
+        message = {"do": "x" * length}
+        if ranks.rank == 0:
+            ranks.tell(message)
+        heard.append((message if ranks.rank == 0 else ranks.hear()) == message)
+    to, source = (ranks.rank + 1) % n, (ranks.rank - 1) % n
+    got = torch.empty(2, 2)
+    ranks.exchange([(mine, to)], [(got, source)])
+    return {
+        "sum": ranks.sum(mine.clone()).tolist(),
+        "gather": ranks.gather(mine).tolist(),
+        "agree": ranks.agree(mine.T).tolist(),
+        "least": ranks.least(7 - ranks.rank),
+        "same": ranks.same(ParallelConfig(enable_expert_parallel=ranks.rank == 0)).enable_expert_parallel,
+        "heard": heard,
+        "got": got.tolist(),
+    }
+
+
 def loading(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Every rank reads its part of a checkpoint, in BF16-like slices and in FP8 blocks, and counts what it read."""
     facts: dict[str, Any] = {}
@@ -218,6 +241,8 @@ def run(case: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
             return kernels(ranks, SLICED)
         case "kernels placed":
             return kernels(ranks, SPARE)
+        case "primitives":
+            return primitives(ranks)
         case "loading":
             return loading(ranks, folder)
         case "leader fails":

@@ -18,15 +18,13 @@ from sharing import BROAD, PLACED, QWEN, SLICED, SPARE, V1, V3, whole
 
 from benthic import cli
 from benthic.base.errors import InputError
-from benthic.inference.config import SamplingParams, StructuredOutputsParams
-from benthic.inference.lead import from_data, to_data
 from benthic.inference.share import check
 from benthic.model import hf
 
 HERE = Path(__file__).resolve().parent
 BY_TWO = [
     "v3", "v3 placed", "v3 chunks", "v2", "v1", "qwen", "drawn", "prefix", "preempted", "rebalanced",
-    "every third step", "loading",
+    "every third step", "loading", "primitives",
 ]  # fmt: skip
 BY_FOUR = ["v2 placed", "v1", "rebalanced"]
 
@@ -85,7 +83,7 @@ def answers_as_the_whole(facts: dict[str, Any]) -> None:
     assert [facts["preemptions"], facts["accepted"]] == facts["plain"]
 
 
-@pytest.mark.parametrize("case", [case for case in BY_TWO if case not in ("rebalanced", "loading")])
+@pytest.mark.parametrize("case", [case for case in BY_TWO if case not in ("rebalanced", "loading", "primitives")])
 def test_two_processes_answer_as_one(case: str, two: Found) -> None:
     answers_as_the_whole(two(case))
 
@@ -93,6 +91,19 @@ def test_two_processes_answer_as_one(case: str, two: Found) -> None:
 @pytest.mark.parametrize("case", BY_FOUR)
 def test_four_processes_answer_as_one(case: str, four: Found) -> None:
     answers_as_the_whole(four(case))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_processes_exchange_arrives_whole_and_in_order(rank: int, two: Found) -> None:
+    assert two("primitives", rank) == {  # type: ignore[call-arg]
+        "sum": [[11, 22], [33, 44]],
+        "gather": [[1, 2, 10, 20], [3, 4, 30, 40]],
+        "agree": [[1, 3], [2, 4]],
+        "least": 6,
+        "same": True,
+        "heard": [True] * 3,
+        "got": [[[10, 20], [30, 40]], [[1, 2], [3, 4]]][rank],
+    }
 
 
 def test_the_cases_do_what_they_are_there_for(two: Found) -> None:
@@ -200,13 +211,3 @@ def test_what_does_not_divide_is_refused_with_its_numbers(config, parallel, size
         message = "num_redundant_experts=4"
     with pytest.raises(InputError, match=message):
         check(config, parallel, size)
-
-
-def test_what_the_others_are_told_of_a_request_is_enough_to_sample() -> None:
-    params = SamplingParams(
-        seed=7, temperature=0.3, top_k=4, min_p=0.1, repetition_penalty=1.2, logit_bias={3: -1.5, 9: 2}, logprobs=2,
-        stop=("x",), stop_token_ids=(4, 5),
-    )  # fmt: skip
-    assert from_data(json.loads(json.dumps(to_data(params)))) == params
-    guided = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
-    assert from_data(json.loads(json.dumps(to_data(guided)))).guided
