@@ -135,10 +135,9 @@ def compare(config: ModelConfig, ranks: Ranks, kinds: dict[str, ParallelConfig])
     rows = []
     for name, parallel in kinds.items():
         mine = share(model, parallel, ranks)
-        forward = forward_of(mine, PAGE * 2000)
 
-        def errors(mine: Share = mine, forward: Fused = forward) -> list[float]:
-            found = []
+        def errors(mine: Share = mine) -> list[float]:
+            forward, found = forward_of(mine, PAGE * 2000), []  # a new cache: the prompts have written into the old one
             for (make, *numbers), right in zip(steps, expected):
                 hidden = forward.hidden(seeded(make, mine, *numbers))
                 if not torch.equal(ranks.agree(hidden.clone()), hidden):

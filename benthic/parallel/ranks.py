@@ -5,7 +5,7 @@ wait for days. A rank that fails says so in the store before it leaves. Each ran
 with the message, if its own work does not end by itself: nobody is left waiting for a process that is gone.
 
 Between GPUs of one machine that read each other's memory, small sums go through a buffer that all of them see, each
-GPU reading all parts in one order: 8 us less than NCCL takes to begin. No multicast is used.
+GPU reading all parts in one order (two H200, 32 tokens of width 2048: 8.7 us, NCCL 12.1). No multicast is used.
 """
 
 import json
