@@ -318,7 +318,8 @@ class _ToStderr(logging.Handler):
 def _start_logging(common: Common) -> None:
     logger = logging.getLogger("benthic")
     logger.handlers = [_ToStderr()]
-    logger.setLevel(logging.WARNING if common.quiet else logging.DEBUG if common.verbose else logging.INFO)
+    quiet = common.quiet or os.environ.get("RANK", "0") != "0"  # of processes that torchrun started, the first speaks
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if common.verbose else logging.INFO)
 
 
 def _explain(error: Exception) -> tuple[int, str]:

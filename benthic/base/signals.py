@@ -11,6 +11,13 @@ from benthic.base.errors import Interrupted
 log = logging.getLogger("benthic")
 
 
+def leave_to_rank_0() -> None:
+    """Ignore SIGTERM and SIGINT, which reach every process that torchrun has started: rank 0 ends in order and takes
+    the others, of which this is one, along. For the command line only."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class Stop:
     """Whether somebody asked this process to stop.
 

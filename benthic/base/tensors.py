@@ -31,6 +31,7 @@ _NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 PART = 1 << 22  # elements
+PAGE = 4096  # bytes of which the system reads all or none
 _HEADER_MAX = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -134,11 +135,38 @@ class TensorFile:
     def __getitem__(self, name: str) -> Tensor:
         spec, start = self._table[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        with open(self.path, "rb") as file:
-            file.seek(self._data + start)
-            if file.readinto(_bytes(tensor)) != spec.nbytes:
-                raise CheckpointError(f"{self.path} ends inside of {name} -> fetch it again")
+        self._read(name, start, 0, [tensor])
         return tensor
+
+    def part(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """`file[name][index]`, each slice with a start and an end, and little more is read: its rows, and of a matrix
+        only its columns where they fill a page of the disk."""
+        spec, start = self._table[name]
+        if not index:
+            return self[name]
+        rows, row = index[0], math.prod(spec.shape[1:]) * spec.dtype.itemsize  # bytes
+        start, count = start + rows.start * row, rows.stop - rows.start
+        if len(index) == 2:
+            width = index[1].stop - index[1].start
+            if PAGE <= width * spec.dtype.itemsize < row:
+                tensor = torch.empty(count, width, dtype=spec.dtype)
+                self._read(name, start + index[1].start * spec.dtype.itemsize, row, tensor)
+                return tensor
+        tensor = torch.empty(count, *spec.shape[1:], dtype=spec.dtype)
+        self._read(name, start, 0, [tensor])
+        return tensor[(slice(None), *index[1:])].contiguous()
+
+    def _read(self, name: str, start: int, stride: int, tensors: Iterable[Tensor]) -> None:
+        """Fill tensors from places `stride` bytes apart, the first `start` bytes into the data."""
+        with open(self.path, "rb", buffering=0) as file:
+            for number, tensor in enumerate(tensors):
+                file.seek(self._data + start + number * stride)
+                memory, done = _bytes(tensor), 0
+                while done < len(memory):  # the system reads at most 2 GB at once
+                    got = file.readinto(memory[done:])
+                    if not got:
+                        raise CheckpointError(f"{self.path} ends inside of {name} -> fetch it again")
+                    done += got
 
 
 def _table(path: Path) -> tuple[dict[str, tuple[Spec, int]], int]:

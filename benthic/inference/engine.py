@@ -17,10 +17,12 @@ from benthic.base.errors import BenthicError, DoesNotFit, InputError
 from benthic.inference import routed
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
+from benthic.inference.lead import Following, Leading, shared
 from benthic.inference.replica import Replica
 from benthic.inference.request import Delta, FinishReason, Output, Request, Seq
 from benthic.inference.runner import PlainRunner, Runner
 from benthic.inference.scheduler import Plan, Scheduler
+from benthic.inference.share import Share, ranks_of
 from benthic.inference.stats import Stats
 from benthic.inference.stop import Transcript
 from benthic.model.cache import bytes_per_token
@@ -51,12 +53,18 @@ class Step(NamedTuple):
 class Engine:
     """Runs requests on `model`. With a tokenizer, outputs carry text, end at its end of sentence, and hold only ids
     that it knows: released models have embedding rows beyond the tokenizer's last id.
+
+    Of a model that processes share, each makes an engine in the same order. Rank 0's is used as any other and closed at
+    the end; the others' `follow`. The config is rank 0's.
     """
 
     def __init__(self, model: Transformer, tokenizer: Decoder | None, config: EngineConfig | None = None):
         c = model.config
         modules = c.num_nextn_predict_layers if c.mtp_type == "sequential" else 0  # others cannot draft one by one
-        asked = config or EngineConfig()
+        asked = ranks_of(model).same(config or EngineConfig())
+        if isinstance(model, Share) and (asked.quantization == "fp8" or asked.deterministic):
+            name = "deterministic=True" if asked.deterministic else "quantization='fp8'"
+            raise InputError(f"{name} is for a model that one process holds -> leave it out, or use one process")
         if asked.quantization == "fp8":
             check_device(model.embed_tokens.weight.device)
         fused = on_kernels(model, asked)
@@ -86,10 +94,13 @@ class Engine:
 
     def close(self) -> None:
         """End what runs beside this process: the one that compiles the forms of answers, if a request needed it. Only
-        a later request for a form starts it again. For the thread that owns the engine, with nobody compiling."""
+        a later request for a form starts it again. For the thread that owns the engine, with nobody compiling. The
+        other processes of a shared model are let go; no step comes after that."""
         if self._grammars is not None:
             self._grammars.close()
             self._grammars = None
+        if isinstance(self.runner, Leading):
+            self.runner.close()
 
     @property
     def busy(self) -> bool:
@@ -170,6 +181,17 @@ class Engine:
         with the old ones are not used for new requests."""
         self.replica.refresh()
         self.scheduler.reset_cache()
+
+    def follow(self) -> None:
+        """On a rank that is not 0: do what rank 0 does, until it closes or one of the ranks fails."""
+        if not isinstance(self.runner, Following):
+            raise BenthicError("follow() is for ranks other than 0 of a model that processes share")
+        self.runner.run()
+
+    def rebalance(self) -> None:
+        """Place the experts of a model that processes share anew, by their load since the last time."""
+        if isinstance(self.runner, Leading):
+            self.runner.rebalance()
 
     def step(self) -> Step:
         """Run one batch. Without anything to do, the step is empty. After an error it has not happened; where it fails
@@ -318,12 +340,14 @@ def on_kernels(model: Transformer, config: EngineConfig) -> bool:
 
 
 def make_runner(model: Transformer, config: EngineConfig, vocab_size: int, on_kernels: bool) -> Runner:
-    """The runner on kernels or the plain one."""
-    if not on_kernels:
-        return PlainRunner(model, config, vocab_size)
-    from benthic.inference import fused_runner  # needs triton
+    """The runner on kernels or the plain one; of a model that several processes share, one for this process's part."""
+    if on_kernels:
+        from benthic.inference import fused_runner  # needs triton
 
-    return fused_runner.FusedRunner(model, config, vocab_size)
+        runner = fused_runner.FusedRunner(model, config, vocab_size)
+    else:
+        runner = PlainRunner(model, config, vocab_size)
+    return shared(runner, model) if isinstance(model, Share) else runner
 
 
 def fitted(config: EngineConfig, model: Transformer, asked: int) -> EngineConfig:
@@ -338,7 +362,7 @@ def fitted(config: EngineConfig, model: Transformer, asked: int) -> EngineConfig
     if config.return_routed_experts:
         per_token += routed.bytes_per_token(model)
     per_page = config.page_size * per_token
-    pages = min(config.num_pages, max(0, room // per_page))
+    pages = ranks_of(model).least(min(config.num_pages, max(0, room // per_page)))
     longest = -(-config.max_model_len // config.page_size)
     if pages < longest:
         raise DoesNotFit(

@@ -3,7 +3,7 @@
 It reads the parameters of the model's own modules, 16 bits wide or FP8. Projections of the same input are laid into one
 storage, of which the parameters become views; the absorbed matrices are views of `kv_b_proj`. Nothing is copied, so
 whoever writes the weights in place is obeyed by the next step. Reads like `Block`, `MLA` and `MoE`, whose equations it
-shares.
+shares. Of a `Share` it computes that share and adds up over the processes.
 
 Letters: N tokens (decode rows first), B decode rows of Q queries, H heads, D, P, V, R widths as in mla.py, d hidden.
 """
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from benthic.base.errors import InputError
 from benthic.inference.matrices import lay_together, width
+from benthic.inference.share import PlacedMoE, Share, ranks_of
 from benthic.inference.ways import Fastest, Fixed, Ways
 from benthic.kernels import decode_inputs, moe, norm, route
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
+from benthic.kernels.moe_place import place
 from benthic.kernels.moe_sorted import silu_times_up
 from benthic.model.block import Block
 from benthic.model.cache import LatentCache
@@ -80,7 +82,7 @@ class Fused:
     def __init__(self, model: Transformer, cache: LatentCache, page_size: int, deterministic: bool = False):
         if reason := unfit(model) or unready(model):
             raise InputError(f"{reason} -> use the plain forward pass")
-        self.model, self.cache, self.page_size = model, cache, page_size
+        self.model, self.cache, self.page_size, self.ranks = model, cache, page_size, ranks_of(model)
         self.ways: Ways = Fixed(model) if deterministic else Fastest()
         device = model.embed_tokens.weight.device
         self.frequencies, self.turn = frequencies(model.config, device), turn_factor(model.config)
@@ -107,7 +109,8 @@ class Fused:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, d] -> logits [N, V] in the compute dtype, which the sampler widens; of the deterministic kernels
         perhaps a few more, all -inf."""
-        return self.ways.logits(self.model, hidden)
+        part = self.ways.logits(self.model, hidden)
+        return self.model.whole_logits(part) if isinstance(self.model, Share) else part
 
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
@@ -127,9 +130,10 @@ class Fused:
         delta = self.attention(layer, block.self_attn, normed, tokens, angles)  # type: ignore[arg-type]
         middle = block.post_attention_layernorm
         if isinstance(block.mlp, MoE):
-            return self.mixture(block.mlp, delta, x, middle, after, choices)
+            return self.mixture(block.mlp, delta, x, middle, after, tokens, choices)
         normed, x = norm.add_rms_norm(delta, x, middle.weight, middle.eps)
-        return norm.add_rms_norm(self.dense(block.mlp, normed), x, after.weight, after.eps)  # type: ignore[arg-type]
+        delta = self.ranks.sum(self.dense(block.mlp, normed))  # type: ignore[arg-type]
+        return norm.add_rms_norm(delta, x, after.weight, after.eps)
 
     def attention(self, layer: int, attn: MLA, x: Tensor, tokens: Tokens, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, d] -> [N, d]: absorbed for the decode rows, decompressed for the prompts."""
@@ -154,7 +158,7 @@ class Fused:
         if tokens.prefill is not None and dense is not None:
             new = q[n:, :, :d], q_rope[n:], dense[0][n:], dense[1][n:]
             self.prompts(attn, *new, latents, tokens.prefill, out[n:])
-        return ways.product(out.flatten(1), attn.o_proj)
+        return self.ranks.sum(ways.product(out.flatten(1), attn.o_proj))
 
     def prompts(
         self, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, latents: Latents,
@@ -178,8 +182,9 @@ class Fused:
             out.copy_(result[0])
 
     def mixture(
-        self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm, choices: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm, tokens: Tokens,
+        choices: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """delta and, of its norm, the experts added to x [N, d] -> (its norm for what comes `after`, the sum)."""
         c, gate = self.model.config, mlp.gate
         normed, x, logits = route.add_norm_logits(
@@ -192,9 +197,21 @@ class Fused:
         )  # fmt: skip
         if choices is not None:
             choices.append(ids)
+        if self.ranks.size > 1:
+            return norm.add_rms_norm(self.part(mlp, normed, ids, weights, tokens), x, after.weight, after.eps)
         experts = self.experts[mlp]
         tiles = self.ways.experts(experts)
         return moe.moe_norm(normed, experts, ids, weights, x, after.weight, after.eps, tiles=tiles)
+
+    def part(self, mlp: MoE, normed: Tensor, ids: Tensor, weights: Tensor, tokens: Tokens) -> Tensor:
+        """A mixture of which the processes hold a part each, normed [N, d] -> [N, d]."""
+        experts, apart, of = self.experts[mlp], None, 0
+        if experts.n_shared == 0:
+            apart = self.dense(mlp.shared_experts, normed)
+        if isinstance(mlp, PlacedMoE):
+            ids = place(ids, tokens.ids, tokens.positions, tokens.slots, mlp.copies, mlp.count, mlp.load)
+            of = mlp.all_slots
+        return self.ranks.sum(moe.moe(normed, experts, ids, weights, apart, tiles=self.ways.experts(experts), of=of))
 
     def dense(self, network: FFN, x: Tensor) -> Tensor:
         """SwiGLU of x [N, d]."""
@@ -208,8 +225,11 @@ def rms_norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 
 def of_module(mlp: MoE) -> ExpertWeights:
-    """The weights of a mixture under the names of its kernels, in place."""
+    """The weights of a mixture under the names of its kernels, in place. Shared experts that are narrower than a routed
+    one, as shares of them may be, cannot ride along and are left out."""
     routed, shared = mlp.routed_experts, mlp.shared_experts
+    if shared.down_proj.weight.shape[1] % routed.down_proj.shape[2]:
+        return ExpertWeights(gate_up_proj=routed.gate_up_proj, down_proj=routed.down_proj)
     return ExpertWeights(
         gate_up_proj=routed.gate_up_proj, down_proj=routed.down_proj,
         gate_up_scale=routed.gate_up_proj_scale_inv, down_scale=routed.down_proj_scale_inv,

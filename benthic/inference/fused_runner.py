@@ -29,6 +29,7 @@ from benthic.inference.routed import RoutedExperts
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
+from benthic.inference.share import ranks_of
 from benthic.inference.speculative import accept
 from benthic.model.transformer import Transformer
 
@@ -91,7 +92,7 @@ class Cuda:
         step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may wait for the GPU
             out = step()
         return graph, out
 
@@ -105,6 +106,7 @@ class FusedRunner:
         self.model, self.config, self.vocab_size = model, config, vocab_size
         self.device = model.embed_tokens.weight.device
         self.cache, self.ids = make_cache(model, config)
+        self.ranks = ranks_of(model)
         self.forward = Fused(model, self.cache, config.page_size, config.deterministic)
         self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
         self.joined = apart if config.deterministic else joined
@@ -239,8 +241,7 @@ class FusedRunner:
                 at, places = n + chunks.last, chunks.tokens[1][chunks.last] + 1
             drafts = choice.tokens[:, :0]
             if ahead is not None:
-                guess = self.forward.logits(ahead[at])
-                drafts = sampler.propose(guess, controls, places + 1, self.vocab_size, QUICK).unsqueeze(1)
+                drafts = self._propose(self.forward.logits(ahead[at]), controls, places + 1)
             begin = len(parts[0][1]) if chosen else 0
             self._keep(begin, choice, accepted, drafts)
             chosen.append(Chosen(choice, accepted, drafts))
@@ -269,7 +270,12 @@ class FusedRunner:
     ) -> Choice:  # fmt: skip
         """`history` gives the ids of each row [B, S], asked for only where a row has penalties."""
         ids = history() if controls is not None and controls.penalties is not None else None
-        return sampler.choose(logits, controls, places, self.vocab_size, ids, mask, QUICK)
+        choice = sampler.choose(logits, controls, places, self.vocab_size, ids, mask, QUICK)
+        return choice._replace(tokens=self.ranks.agree(choice.tokens))
+
+    def _propose(self, logits: Tensor, controls: Controls | None, places: Tensor) -> Tensor:
+        """-> drafts [rows, 1]."""
+        return self.ranks.agree(sampler.propose(logits, controls, places, self.vocab_size, QUICK)).unsqueeze(1)
 
     def _paged(self, found: DecodeRows) -> Tensor:
         """The ids of decode rows, drafts included, from the slots of their pages."""
@@ -297,9 +303,7 @@ class FusedRunner:
             next_ids[: b * self.queries] = choice.tokens.flatten()
             ahead = self.forward.mtp_hidden(hidden, next_ids, tokens, 0)
             at = torch.arange(b, device=self.device) * self.queries + accepted
-            places = found.first[:b] + 2 + accepted
-            guess = self.forward.logits(ahead[at])
-            drafts = sampler.propose(guess, controls, places, self.vocab_size, QUICK).unsqueeze(1)
+            drafts = self._propose(self.forward.logits(ahead[at]), controls, found.first[:b] + 2 + accepted)
         self._keep(0, choice, accepted, drafts)
         return Chosen(choice, accepted, drafts)
 

@@ -7,10 +7,15 @@ from benthic.base.errors import InputError
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
 from benthic.inference.request import Output
+from benthic.inference.share import join, ranks_of
 from benthic.model.hf import load
+from benthic.parallel.config import ParallelConfig
+from benthic.parallel.ranks import Ranks
 from benthic.tokenizer import chat
 from benthic.tokenizer.runs import Rendered
 from benthic.tokenizer.tokenizer import Tokenizer
+
+ALONE = ParallelConfig(tensor_parallel_size=1)
 
 
 class LLM:
@@ -18,6 +23,16 @@ class LLM:
 
     `chat_template` replaces the folder's own: a name (v1, v2, v3, r1, v3.1) or the path of a Jinja file. One that the
     tokenizer cannot render is an InputError before the weights are read.
+
+    `parallel` shares the model among the processes that torchrun started. Rank 0 generates and closes at the end; the
+    others only `follow`:
+
+        llm = LLM(path, parallel=ParallelConfig())
+        if llm.rank:
+            llm.follow()
+        else:
+            llm.generate(...)
+            llm.close()
     """
 
     def __init__(
@@ -28,25 +43,44 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         chat_template: str | Path = "",
         config: EngineConfig | None = None,
+        parallel: ParallelConfig = ALONE,
     ):
         chosen = None
         if chat_template:
             chosen = Tokenizer.load(path).with_template(chat_template)
             chat.check(chosen)
         config = config or EngineConfig()
-        model, own = load(path, device=device, dtype=dtype, quantization=config.quantization)
+        part = join(parallel, device)
+        model, own = load(path, device=device, dtype=dtype, quantization=config.quantization, part=part)
         self.tokenizer = chosen or own
         self.engine = Engine(model, self.tokenizer, config)
+        self._ranks = ranks_of(model)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that share the model; 0 generates."""
+        return self._ranks.rank
+
+    def follow(self) -> None:
+        """On a rank that is not 0: compute what rank 0 asks for, until it closes."""
+        self.engine.follow()
+        self._leave()
+
+    def close(self) -> None:
+        """End what runs beside this process (see `Engine.close`), and let the other processes of a shared model go;
+        `with LLM(...) as llm` does so too."""
+        self.engine.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        if isinstance(self._ranks, Ranks):
+            self._ranks.leave()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """End what runs beside this process (see `Engine.close`); `with LLM(...) as llm` does so too."""
-        self.engine.close()
 
     def generate(
         self,

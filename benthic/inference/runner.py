@@ -13,6 +13,7 @@ from benthic.inference.config import EngineConfig
 from benthic.inference.request import Seq, Top
 from benthic.inference.routed import RoutedExperts
 from benthic.inference.scheduler import Plan
+from benthic.inference.share import ranks_of
 from benthic.model.cache import CacheView, LatentCache
 from benthic.model.transformer import Transformer
 
@@ -67,22 +68,25 @@ class PlainRunner:
         self.device = model.embed_tokens.weight.device
         self.cache, self.ids = make_cache(model, config)
         self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
+        self.ranks = ranks_of(model)
 
-    def collect(self, pending: Result) -> Result:
-        """What `launch` has found: it waits itself."""
-        return pending
+    def collect(self, pending: list[tuple[list[Seq], sampler.Choice, Tensor, Tensor]]) -> Result:
+        """What `launch` has found."""
+        return Result.joined([cut_to_host(*part) for part in pending])
 
     @torch.inference_mode()
-    def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Result:
+    def launch(
+        self, plan: Plan, bitmask: Tensor | None = None
+    ) -> list[tuple[list[Seq], sampler.Choice, Tensor, Tensor]]:
         """Compute the plan's tokens and choose the next ones. `bitmask` of the guided rows as in `sampler.choose`."""
         parts, guided = [], 0
         cut = batch.rows(plan) if self.config.deterministic else batch.cut(plan, self.config.max_num_batched_tokens)
         for part in cut:
             first, guided = guided, guided + sum(seq.params.guided for seq in part.seqs)
             parts.append(self._part(part, None if bitmask is None or guided == first else bitmask[first:guided]))
-        return Result.joined(parts)
+        return parts
 
-    def _part(self, plan: Plan, bitmask: Tensor | None) -> Result:
+    def _part(self, plan: Plan, bitmask: Tensor | None) -> tuple[list[Seq], sampler.Choice, Tensor, Tensor]:
         rows = batch.build(plan, self.config.page_size, self.device)
         view = CacheView(self.cache, rows.write, rows.table)
         self.ids[rows.write] = rows.ids
@@ -94,14 +98,15 @@ class PlainRunner:
         history = self.ids[rows.table] if rows.controls is not None and rows.controls.penalties is not None else None
         mask = None if bitmask is None else bitmask.to(self.device)
         choice = sampler.choose(logits, rows.controls, rows.places, self.vocab_size, history, mask)  # [B, K]
+        choice = choice._replace(tokens=self.ranks.agree(choice.tokens))
         accepted = speculative.accept(rows, choice.tokens)
         drafts = choice.tokens[:, :0]  # [B, drafts]
         if self.config.num_speculative_tokens:
             ahead = speculative.ahead(self.model, view, rows, hidden, choice.tokens, accepted)  # [B, d]
             guess = self.model.logits(ahead)
             places = rows.places + accepted + 1
-            drafts = sampler.propose(guess, rows.controls, places, self.vocab_size).unsqueeze(1)
-        return cut_to_host(plan.seqs, choice, accepted, drafts)
+            drafts = self.ranks.agree(sampler.propose(guess, rows.controls, places, self.vocab_size)).unsqueeze(1)
+        return plan.seqs, choice, accepted, drafts
 
     def _hidden(self, plan: Plan, rows: batch.Rows, view: CacheView) -> Tensor:
         """Hidden states [B, Q, d]. Deterministic: of one row, token by token, each over exactly its own context. All

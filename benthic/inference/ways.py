@@ -88,9 +88,7 @@ class Fixed:
 
     def __init__(self, model: Transformer):
         if any(parameter.dtype == FP8 for parameter in model.parameters()):
-            raise InputError(
-                "deterministic=True: FP8 kernels choose by shape -> use quantization='none'"
-            )
+            raise InputError("deterministic=True: FP8 kernels choose by shape -> use quantization='none'")
 
     def product(self, x: Tensor, layer: Linear) -> Tensor:
         return matmul_fixed.linear(x, layer.weight)

@@ -1,10 +1,12 @@
 """Options of the small jobs. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
+
+from benthic.parallel.config import ParallelConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -54,6 +56,8 @@ class GenerateConfig(AnswerConfig):
     """Keep this many of the likeliest tokens; 0 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this likely, compared with the likeliest."""
+    parallel: Annotated[ParallelConfig, arg(name="")] = field(default_factory=ParallelConfig)
+    """How processes share the model, under `torchrun --nproc-per-node N -m benthic generate ...`."""
 
 
 @dataclass(frozen=True, kw_only=True)

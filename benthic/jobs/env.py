@@ -8,6 +8,8 @@ VARIABLES = {
     "RANK": "number of this process, set by torchrun",
     "LOCAL_RANK": "number of this process on its machine, set by torchrun",
     "WORLD_SIZE": "number of processes, set by torchrun",
+    "LOCAL_WORLD_SIZE": "number of processes on this machine, set by torchrun",
+    "GLOO_SOCKET_IFNAME": "network interface for messages between processes; one machine alone takes lo",
     "MASTER_ADDR": "host of process 0, set by torchrun",
     "MASTER_PORT": "port of process 0, set by torchrun",
     "CUDA_VISIBLE_DEVICES": "GPUs that may be used",

@@ -10,12 +10,15 @@ from typing import Any
 from benthic.base.errors import InputError
 from benthic.base.files import write_atomic
 from benthic.base.log import progress
+from benthic.base.signals import leave_to_rank_0
 from benthic.inference.config import EngineConfig, SamplingParams, sample_seed
-from benthic.inference.llm import LLM
+from benthic.inference.llm import ALONE, LLM
 from benthic.inference.request import Output
 from benthic.jobs.config import AnswerConfig, GenerateConfig
 from benthic.model import hf
 from benthic.model.config import ModelConfig
+from benthic.parallel.config import ParallelConfig
+from benthic.parallel.ranks import follows
 from benthic.tokenizer import chat
 from benthic.tokenizer.tokenizer import Tokenizer
 
@@ -35,8 +38,13 @@ class Line:
 def run(config: GenerateConfig) -> None:
     """Answer every prompt, in the order in which they came, the samples of one prompt together.
 
-    What is wrong with a prompt is an InputError that says where it stands, before the weights are read.
+    What is wrong with a prompt is an InputError that says where it stands, before the weights are read. Of processes
+    that share the model, rank 0 reads and writes.
     """
+    if follows(config.parallel):
+        leave_to_rank_0()
+        load(config, max_num_seqs=1, parallel=config.parallel).follow()
+        return
     more = {"n": config.n, "stop": config.stop, "top_k": config.top_k, "min_p": config.min_p}
     params = dataclasses.replace(sampling(config), **more)
     lines = _lines(config)
@@ -48,6 +56,7 @@ def run(config: GenerateConfig) -> None:
         config,
         max_num_seqs=min(len(ids) * config.n, EngineConfig.max_num_seqs),
         max_model_len=min(longest, shape.max_position_embeddings),
+        parallel=config.parallel,
     )
     each = [dataclasses.replace(params, seed=prompt_seed(config.seed, place)) for place in range(len(ids))]
     with llm, progress("generate", len(ids) * config.n) as shown:
@@ -55,12 +64,18 @@ def run(config: GenerateConfig) -> None:
     _deliver(config, [line for line in lines for _ in range(config.n)], outputs)
 
 
-def load(config: AnswerConfig, max_num_seqs: int, chat_template: str = "", max_model_len: int = 0) -> LLM:
+def load(
+    config: AnswerConfig, max_num_seqs: int, chat_template: str = "", max_model_len: int = 0,
+    parallel: ParallelConfig = ALONE,
+) -> LLM:  # fmt: skip
     """The model that the options name, with room for so many requests at once."""
     engine = EngineConfig(
         max_num_seqs=max_num_seqs, max_model_len=max_model_len, quantization=config.quantization
     )  # fmt: skip
-    return LLM(config.model, device=config.device, dtype=config.dtype, chat_template=chat_template, config=engine)
+    return LLM(
+        config.model, device=config.device, dtype=config.dtype, chat_template=chat_template, config=engine,
+        parallel=parallel,
+    )  # fmt: skip
 
 
 def sampling(config: AnswerConfig) -> SamplingParams:

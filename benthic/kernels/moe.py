@@ -7,6 +7,9 @@ the model does (gate weights, routed sum, plus shared, plus residual), and norms
 that is asked for. Bytes: see the five files; the sum moves N (K + 2) d elements. Nothing is added atomically and
 nothing is synchronised with the host: results repeat bit for bit, and the calls may stand in a CUDA graph.
 
+Where experts live on several devices, each gets only the pairs of its own: the other ids are -1, their pairs are
+computed by nobody here, and their outputs, which hold anything, are not read.
+
 Letters as in moe_weights.
 """
 
@@ -33,9 +36,9 @@ Way = Rows | Tiles | Fp8Tiles | Fp8Sorted | Sorted
 
 @triton.jit
 def _combine(
-    y, place, shared, topk_weights, residual, norm_weight, out, normed, eps, stride_r, D: tl.constexpr,
-    K: tl.constexpr, SHARED: tl.constexpr, PLACED: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
-    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    y, place, shared, topk_ids, topk_weights, residual, norm_weight, out, normed, eps, stride_r, D: tl.constexpr,
+    K: tl.constexpr, SHARED: tl.constexpr, PLACED: tl.constexpr, SOME: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     chain.begin(CHAINED)
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -49,7 +52,8 @@ def _combine(
     for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]  unrolled: all loads at once
         weight = tl.load(topk_weights + token * K + k).to(dtype).to(tl.float32)
         row = tl.load(place + token * K + k) if PLACED else token * slots + k
-        total += weight * tl.load(y + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        mask = d < tl.where(tl.load(topk_ids + token * K + k) < 0, 0, D) if SOME else inside
+        total += weight * tl.load(y + row * D + d, mask=mask, other=0.0).to(tl.float32)
     if SHARED:
         last = shared + token * D if PLACED else y + (token * slots + K) * D
         total = tl.load(last + d, mask=inside, other=0.0).to(tl.float32) + total.to(dtype).to(tl.float32)
@@ -110,7 +114,7 @@ def _choose_fp8(pairs: float) -> Fp8Tiles | Fp8Sorted:
 
 def _experts_and_sum(
     x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
-    norm_weight: Tensor | None, eps: float, tiles: Way | None,
+    norm_weight: Tensor | None, eps: float, tiles: Way | None, of: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (n, d), (_, k) = x.shape, topk_ids.shape
     _check(x, weights, topk_ids, topk_weights, residual, norm_weight)
@@ -118,7 +122,7 @@ def _experts_and_sum(
     normed = out if norm_weight is None else torch.empty_like(out)
     if n == 0:
         return normed, out
-    tiles = tiles or choose_tiles(n, k, len(weights.down_proj), weights.down_proj.dtype)
+    tiles = tiles or choose_tiles(n, k, of or len(weights.down_proj), weights.down_proj.dtype)
     place, shared = None, None
     if isinstance(tiles, Sorted | Fp8Sorted):
         y, place, shared = tiles.outputs(x, weights, topk_ids)
@@ -126,10 +130,10 @@ def _experts_and_sum(
         y = tiles.outputs(x, weights, topk_ids)
     block = triton.next_power_of_2(d)
     _combine[(n,)](
-        y, y if place is None else place, y if shared is None else shared, topk_weights,
+        y, y if place is None else place, y if shared is None else shared, topk_ids, topk_weights,
         x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps,
         0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
-        PLACED=place is not None, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
+        PLACED=place is not None, SOME=of > 0, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
         num_warps=min(max(block // (512 if n > 16 else 128), 1), 16),  # pyright: ignore[reportCallIssue]
         **chain.options(x),
     )  # fmt: skip
@@ -138,10 +142,12 @@ def _experts_and_sum(
 
 def moe(
     x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None,
-    *, tiles: Way | None = None,
+    *, tiles: Way | None = None, of: int = 0,
 ) -> Tensor:  # fmt: skip
-    """x [N, d], topk_ids [N, K] int32, topk_weights [N, K] float32 -> shared + routed experts (+ residual [N, d])."""
-    return _experts_and_sum(x, weights, topk_ids, topk_weights, residual, None, 0.0, tiles)[1]
+    """x [N, d], topk_ids [N, K] int32, topk_weights [N, K] float32 -> shared + routed experts (+ residual [N, d]).
+
+    of > 0: `weights` are some of so many experts; the ids of the others are -1, and they add nothing."""
+    return _experts_and_sum(x, weights, topk_ids, topk_weights, residual, None, 0.0, tiles, of)[1]
 
 
 def moe_norm(

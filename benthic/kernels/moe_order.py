@@ -2,7 +2,7 @@
 
 One program per expert: each counts all experts' pairs, finds its own place, and writes its pairs there, tokens
 ascending, and its tiles. The number of tiles is known on the device only: grids have room for the most there can be and
-programs beyond the last tile leave at once. Letters as in moe_weights.
+programs beyond the last tile leave at once. Pairs whose expert is -1 are in no tile. Letters as in moe_weights.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ def _align(
         bins, counts = tl.arange(0, BINS), tl.zeros([BINS], tl.int32)
         for start in range(0, routed, BLOCK):
             pair = start + tl.arange(0, BLOCK)
-            ids = tl.load(topk_ids + pair, mask=pair < routed, other=0)
-            counts += tl.histogram(ids, BINS, mask=pair < routed)
+            ids = tl.load(topk_ids + pair, mask=pair < routed, other=-1)
+            counts += tl.histogram(tl.maximum(ids, 0), BINS, mask=ids >= 0)
         mine = tl.sum(tl.where(bins == expert, counts, 0))
         first = tl.sum(tl.where(bins < expert, counts, 0))
         first_tile = S * blocks + tl.sum(tl.where(bins < expert, tl.cdiv(counts, BLOCK_M), 0))

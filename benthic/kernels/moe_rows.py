@@ -6,7 +6,7 @@ of them read, come from L2 after the first. The shared experts begin, because th
 (chain.py). Bytes: three matrices per pair; memory-bound, V2-Lite at one token 138 MB per layer in bfloat16, 32 us at
 4.28 TB/s.
 
-A token's result does not depend on the others. Letters as in moe_weights.
+A token's result does not depend on the others. Pairs whose expert is -1 are left out. Letters as in moe_weights.
 """
 
 from dataclasses import dataclass
@@ -62,6 +62,8 @@ def _up(
         expert = tl.load(topk_ids + token * K + slot)
     else:
         expert = E + slot - K
+    if expert < 0:  # another device's
+        return
     gate, up, gate_scale, up_scale, first_row = up_matrices(
         expert, gate_up, shared_gate, shared_up, scale, shared_gate_scale, shared_up_scale, D, I, E
     )
@@ -97,6 +99,9 @@ def _down(
         expert = tl.load(topk_ids + token * K + slot, cache_modifier=".cg")
     else:
         expert = slot - K + E
+    if expert < 0:
+        chain.wait(CHAINED)
+        return
     matrix, factors, width, grid = down_matrix(expert, down, shared_down, scale, shared_scale, D, I, E, S)
     row = tl.where(d < D, d, 0)
     rows, x = matrix + d * width, h + (token * (K + S) + slot) * I

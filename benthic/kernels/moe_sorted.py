@@ -53,7 +53,8 @@ class Sorted:
         w, (n, k), e = weights, topk_ids.shape, len(weights.down_proj)
         if w.fp8:
             raise ValueError("FP8 weights have no grouped product in the library -> use tiles")
-        by_expert, order = topk_ids.reshape(-1).sort(stable=True)
+        flat = topk_ids.reshape(-1)
+        by_expert, order = torch.where(flat < 0, e, flat).sort(stable=True)  # -1 goes last, behind every offset
         offs = torch.searchsorted(by_expert, torch.arange(e, device=x.device, dtype=torch.int32), right=True).int()
         gate_up = F.grouped_mm(x[order // k], w.gate_up_proj.transpose(1, 2), offs=offs)
         y = F.grouped_mm(silu_times_up(gate_up), w.down_proj.transpose(1, 2), offs=offs)

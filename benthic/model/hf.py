@@ -150,16 +150,51 @@ def stored_dtype(data: Mapping[str, Any]) -> str:
     return "bfloat16" if is_native(data) else data.get("torch_dtype") or data.get("dtype") or "float32"
 
 
+Index = tuple[slice, ...]
+
+
+class Whole:
+    """What a process loads of a model: all of it. Processes that share one load subclasses of this."""
+
+    whole = True
+    checks = True  # whether it reads what is read only to be checked
+
+    def empty(self, config: ModelConfig, device: str, dtype: torch.dtype, *, fp8: bool) -> Transformer:
+        """The model with uninitialised weights, in FP8 blocks what can be."""
+        return empty(config, device, dtype, fp8=fp8)
+
+    def places(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
+        """(released name, tensor to fill with it or with a part of it)."""
+        return checkpoint_views(model)
+
+    def index(self, part: tuple[int, ...], whole: tuple[int, ...]) -> Index:
+        """Which part of a released tensor of shape `whole` fills one of shape `part`."""
+        return tuple(slice(0, size) for size in whole)
+
+
+WHOLE = Whole()
+
+
 def check_fit(weights: Weights, model: Transformer) -> None:
     """CheckpointError listing missing, extra and misshapen tensors, or naming an MTP copy that differs from its
     original. `model` may be on the meta device."""
+    check_shapes(weights, model)
+    check_copies(weights, model.config)
+
+
+def check_shapes(weights: Weights, model: Transformer) -> None:
+    """The first half of `check_fit`, which reads no data."""
     views = {name: tensor for name, tensor in checkpoint_views(model) if not name.endswith(SCALE)}
     copies = dict(shared_copies(model))
     problems = weights.misfits(*({name: tuple(t.shape) for name, t in part.items()} for part in (views, copies)))
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(f"{weights.folder} does not fit {CONFIG}: {'; '.join(problems[:5])}{more}")
-    for copy, original in repeated(model.config).items():
+
+
+def check_copies(weights: Weights, config: ModelConfig) -> None:
+    """The second half of `check_fit`."""
+    for copy, original in repeated(config).items():
         if copy in weights.names and not _same(weights[copy], weights[original]):
             raise CheckpointError(
                 f"{weights.folder}: {copy} differs from {original} -> prediction modules share it with the model; "
@@ -173,20 +208,29 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def read_weights(folder: Path, model: Transformer) -> None:
     """Copy the weights of `folder` into `model`, tensor by tensor. Lists missing, extra and misshapen tensors."""
-    _copy(Weights(folder), model)
-
-
-def _copy(weights: Weights, model: Transformer) -> None:
-    """`read_weights`: the memory besides the model is one tensor."""
+    weights = Weights(folder)
     check_fit(weights, model)
-    views = dict(checkpoint_views(model))
-    with torch.no_grad(), megabytes(f"read {weights.folder.name}", sum(map(weights.nbytes, weights.names))) as add:
+    _copy(weights, model, WHOLE)
+
+
+def _copy(weights: Weights, model: Transformer, part: Whole) -> None:
+    """Fill the model: the memory besides it is one tensor."""
+    views: dict[str, list[Tensor]] = {}
+    for name, view in part.places(model):
+        views.setdefault(name, []).append(view)
+    size = sum(weights.nbytes(name) for name in weights.names if name in views)
+    with torch.no_grad(), megabytes(f"read {weights.folder.name}", size) as add:
         for name in weights.names:
-            if name in views and views[name].dtype == FP8:
-                _copy_blocks(weights.stored(name), name, views[name], views[name + SCALE])
+            if name in views and views[name][0].dtype == FP8:
+                _copy_blocks(weights.stored(name), name, views[name][0], views[name + SCALE][0])
             elif name in views:
-                views[name].copy_(cast(name, weights[name], views[name].dtype))
-            add(weights.nbytes(name))
+                first = views[name][0]
+                index = part.index(tuple(first.shape), weights.shape(name))
+                found = cast(name, weights.read(name, index), first.dtype)
+                for view in views[name]:  # more than one where an expert has copies
+                    view.copy_(found)
+            if name in views or part.checks:
+                add(weights.nbytes(name))
 
 
 def _copy_blocks(stored: Mapping[str, Tensor], name: str, codes: Tensor, factors: Tensor) -> None:
@@ -203,6 +247,7 @@ def load(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     quantization: Quantization = "none",
+    part: Whole = WHOLE,
 ) -> tuple[Transformer, Tokenizer | None]:
     """(model, tokenizer) of a folder in the Hugging Face layout or DeepSeek's own; no tokenizer.json, no tokenizer.
 
@@ -218,15 +263,23 @@ def load(
     data = read_settings(folder / CONFIG)
     weights = Weights(folder)
     config = config_of(data, folder / CONFIG, weights)
-    if (folder / MANIFEST).is_file():
+    if part.checks and (folder / MANIFEST).is_file():
         verify_folder(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = stored_dtype(data) if dtype == "auto" else dtype
     if name not in DTYPES:
         raise InputError(f"dtype={name!r} -> use one of {', '.join(DTYPES)}")
-    model = empty(config, device, DTYPES[name], fp8=_keeps_fp8(weights, config, quantization, device, name))
-    _copy(weights, model)
+    if quantization == "fp8" and not part.whole:
+        raise InputError("quantization='fp8' of a model that processes share -> use auto or none")
+    with torch.device("meta"):
+        check_shapes(weights, Transformer(config))
+    if part.checks:
+        check_copies(weights, config)
+    model = part.empty(
+        config, device, DTYPES[name], fp8=part.whole and _keeps_fp8(weights, config, quantization, device, name)
+    )
+    _copy(weights, model, part)
     tokenizer = Tokenizer.load(folder) if (folder / VOCABULARY).is_file() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
@@ -258,7 +311,13 @@ def empty(
     """A model with uninitialised weights in `dtype` on `device`, computing in `compute` (default: `dtype`). `fp8`: what
     can be FP8 blocks, is."""
     with torch.device("meta"):
-        model = Transformer(config, dtype=compute or dtype).to(dtype)
+        model = Transformer(config, dtype=compute or dtype)
+    return made(model, device, dtype, fp8=fp8)
+
+
+def made(model: Transformer, device: str, dtype: torch.dtype, *, fp8: bool = False) -> Transformer:
+    """The model, so far on the meta device, with memory of its own, uninitialised."""
+    model = model.to(dtype)
     if fp8:
         for module, name in list(eligible(model)):
             make_room(module, name)

@@ -108,8 +108,12 @@ class Ranks:
         """Dtype and shape of the whole tensor, without reading the data."""
         return self._specs[name]
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor. CheckpointError where ranks that hold the same one differ."""
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor or a part of it, for which the whole is read. CheckpointError where ranks that hold the same one
+        differ."""
+        return self._whole(name)[index]
+
+    def _whole(self, name: str) -> Tensor:
         place, spec = self._places[name], self._specs[name]
         owners = self._owners(place)
         if place.share in (WHOLE, EXPERTS):

@@ -18,6 +18,7 @@ from benthic.model.linear import FP8, SCALE
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FACTORS = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+Index = tuple[slice, ...]
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,9 +37,9 @@ class Files:
         """Dtype and shape without reading the data."""
         return self._files[name].spec(name)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as stored."""
-        return self._files[name][name]
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """The tensor as stored, or a part of it."""
+        return self._files[name].part(name, index) if index else self._files[name][name]
 
 
 def _shards(index: Path) -> dict[str, TensorFile]:
@@ -121,9 +122,19 @@ class Weights:
         return {part: self._stored.read(part) for part in self._parts(name)}
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.read(name, tuple(slice(0, size) for size in self.shape(name)))
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A part of the tensor: `weights.read(name, index)` is `weights[name][index]`, and little more is read. Each
+        slice has a start and an end."""
         if name not in self._factors:
-            return self._stored.read(name)
-        return dequantise_blocks(self._stored.read(name), self._stored.read(self._factors[name]))
+            return self._stored.read(name, index)
+        blocks = tuple(slice(s.start // BLOCK, -(-s.stop // BLOCK)) for s in index)  # those that the part touches
+        ends = self.shape(name)
+        touched = tuple(slice(b.start * BLOCK, min(b.stop * BLOCK, end)) for b, end in zip(blocks, ends))
+        values = self._stored.read(name, touched)
+        whole = dequantise_blocks(values, self._stored.read(self._factors[name], blocks))
+        return whole[tuple(slice(s.start - t.start, s.stop - t.start) for s, t in zip(index, touched))]
 
     def _parts(self, name: str) -> list[str]:
         return [name, self._factors[name]] if name in self._factors else [name]

@@ -77,7 +77,7 @@ def rebalance(expert_load: ArrayLike, *, replicas: int, groups: int, nodes: int,
     by_device = np.argsort(_pack(replica_load, devices // nodes), 1)
     slots = np.take_along_axis(local, by_device, 1)
     physical = np.take_along_axis(expert.reshape(layers * nodes, -1), slots, 1).reshape(layers, replicas)
-    return _placement(physical, experts, devices, nodes)
+    return placement_of(physical, experts, devices, nodes)
 
 
 def moves(old: Placement, new: Placement) -> Ints:
@@ -109,7 +109,7 @@ def keep_in_place(old: Placement, new: Placement) -> Placement:
             for device, place in enumerate(inner[node, target]):
                 at = target * per_node + place
                 result[layer, at] = _keep_slots(before[layer, at], after[layer, node * per_node + device])
-    return _placement(result.reshape(layers, replicas), new.replica_counts.shape[1], new.devices, new.nodes)
+    return placement_of(result.reshape(layers, replicas), new.replica_counts.shape[1], new.devices, new.nodes)
 
 
 def _pack(load: Floats, packs: int) -> Ints:
@@ -147,7 +147,7 @@ def _replicate(load: Floats, replicas: int) -> tuple[Ints, Ints]:
     return item, count
 
 
-def _placement(physical: Ints, experts: int, devices: int, nodes: int) -> Placement:
+def placement_of(physical: Ints, experts: int, devices: int, nodes: int) -> Placement:
     """The Placement of a physical-to-logical map [L, R]."""
     layers, replicas = physical.shape
     rows = np.arange(layers)[:, None]

@@ -8,6 +8,7 @@ import traceback
 from dataclasses import dataclass
 
 from benthic.base.errors import InputError, Interrupted
+from benthic.base.signals import leave_to_rank_0
 
 try:
     import uvicorn  # noqa: F401  (here only to fail with the fix)
@@ -21,6 +22,7 @@ except ModuleNotFoundError as missing:
 
 from benthic.inference.config import EngineConfig
 from benthic.inference.llm import LLM
+from benthic.parallel.ranks import follows
 from benthic.server.auth import Gate, read_key
 from benthic.server.completions import Chat, Service
 from benthic.server.config import ServeConfig
@@ -38,26 +40,39 @@ def serve(config: ServeConfig) -> None:
 
     Raises InputError before the model is loaded where the address is taken, or open to others without a key.
     """
+    if follows(config.parallel):
+        leave_to_rank_0()
+        _load(config).follow()
+        return
     key = read_key(config)
     listener = bind(config.host, config.port)
     try:
-        service = _service(config)
+        llm = _load(config)
+        service = _service(config, llm)
         server = Server(build(service, config.host, key), service.worker, config.shutdown_timeout)
         service.worker.run()
         print(f"{config.name} is served at {url(listener)}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
         service.worker.join(timeout=5)
+        llm.close()
     finally:
         listener.close()
     raise Interrupted(server.signal, f"{signal.Signals(server.signal).name}: the server has closed")
 
 
-def _service(config: ServeConfig) -> Service:
-    """The model, ready to chat. InputError where its chat template cannot be used with its tokenizer."""
+def _load(config: ServeConfig) -> LLM:
+    """The model, or this process's share of it."""
     limits = EngineConfig(
         max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len, quantization=config.quantization
     )
-    llm = LLM(config.model, device=config.device, dtype=config.dtype, chat_template=config.chat_template, config=limits)
+    return LLM(
+        config.model, device=config.device, dtype=config.dtype, chat_template=config.chat_template, config=limits,
+        parallel=config.parallel,
+    )  # fmt: skip
+
+
+def _service(config: ServeConfig, llm: LLM) -> Service:
+    """The model, ready to chat. InputError where its chat template cannot be used with its tokenizer."""
     if llm.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer.json -> add the tokenizer that the model was trained with")
     thinking = THINKS[config.thinking]

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from benthic.base.errors import InputError
+from benthic.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class ServeConfig:
     """Most requests that wait; one more is answered with 429."""
     shutdown_timeout: float = 30.0
     """Seconds that accepted requests get to finish after SIGTERM."""
+    parallel: Annotated[ParallelConfig, arg(name="")] = field(default_factory=ParallelConfig)
+    """How processes share the model, under `torchrun --nproc-per-node N -m benthic serve ...`."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
