@@ -105,11 +105,11 @@ class Fused:
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
+        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
         x = F.linear(both, module.eh_proj.weight)
         layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
-        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
 
     def block(
@@ -169,10 +169,8 @@ class Fused:
             result = merge(result, part)
         return result[0]
 
-    def mixture(
-        self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        """delta added to x [N, d], their norm through the experts, added -> (its norm for what comes `after`, the sum)."""
+    def mixture(self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm) -> tuple[Tensor, Tensor]:
+        """x [N, d] plus delta, plus their norm through the experts -> (the norm for what comes `after`, the sum)."""
         c, gate = self.model.config, mlp.gate
         normed, x, logits = route.add_norm_logits(delta, x, middle.weight, middle.eps, gate.weight)
         ids, weights = route.choose(

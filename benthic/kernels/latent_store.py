@@ -86,7 +86,9 @@ def _store(
     dtype: tl.constexpr = kv_a.dtype.element_ty
     if block > tl.cdiv(H, BLOCK_H):
         part = block - tl.cdiv(H, BLOCK_H) - 1
-        _absorb(q + n * stride_q, w_uk, q_latent + n * R, part, stride_head, stride_w, stride_out, R, D, BLOCK_R, CHAINED)
+        _absorb(
+            q + n * stride_q, w_uk, q_latent + n * R, part, stride_head, stride_w, stride_out, R, D, BLOCK_R, CHAINED
+        )
         return
     half, whole = tl.arange(0, P // 2), tl.arange(0, P)
     cos_n, sin_n, slot = tl.load(cos + n * (P // 2) + half), tl.load(sin + n * (P // 2) + half), tl.load(slots + n)
@@ -125,8 +127,9 @@ def store(
     kv_a: Tensor, weight: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents,
     w_uk: Tensor, decoding: int, *, block_h: int = 8, block_r: int = 64, num_warps: int = 4,
 ) -> Stored:  # fmt: skip
-    """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) and make the queries of attention; the first
-    `decoding` tokens decode, the others belong to prompts.
+    """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) and make the queries of attention.
+
+    The first `decoding` tokens decode, the others belong to prompts.
 
     kv_a [N, R+P] and q [N, H, D+P] in the compute dtype, rows any distance apart; weight [R] of the norm; cos, sin
     [N, P/2] float32; w_uk [H, D, R], heads any distance apart.

@@ -268,7 +268,7 @@ def stretches(
     q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor,
     *, page_size: int, scale: float, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`mla_decode` before it is combined: of every stretch of a context its output, and the LSE it has to be weighed by.
+    """`mla_decode` before it is combined: of every stretch of a context its output and the LSE that weighs it.
 
     (float32 [S, N, H, R], [S, N, H]); with one stretch (the result [H, N, R] itself, None).
     """
@@ -284,7 +284,9 @@ def stretches(
     block_n, group = min(tiles.block_n, page_size), group_of(latents.format, r)
     split, device = tiles.splits > 1, q_latent.device
     lse = torch.empty(tiles.splits, n, h, dtype=torch.float32, device=device) if split else None
-    out = torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=device) if split else q_latent.new_empty(h, n, r)
+    out = (
+        torch.empty(tiles.splits, n, h, r, dtype=torch.float32, device=device) if split else q_latent.new_empty(h, n, r)
+    )
     scales = out if latents.scales is None else latents.scales
     parts = tiles.parts if latents.format == "auto" else 4
     codes = latents.c_kv if latents.format == "auto" else latents.c_kv.view(torch.int32)
@@ -322,9 +324,7 @@ def mla_decode(
     row with its own N / B new ones, which see each other causally; 0 is a row of padding, whose output is 0. No slot
     past a context is read. `tiles` None: chosen from the shapes.
     """
-    parts, lse = stretches(
-        q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale, tiles=tiles
-    )
+    parts, lse = stretches(q_latent, q_rope, latents, table, context, page_size=page_size, scale=scale, tiles=tiles)
     return parts if lse is None else combine(parts, lse, q_latent.dtype)
 
 

@@ -42,7 +42,9 @@ def poisoned(format: str, slots: int, r: int, p: int, dtype: torch.dtype, device
     ("n", "decoding", "h", "r", "p", "d"),
     [(3, 3, 2, 64, 16, 8), (2, 0, 20, 256, 8, 16), (6, 6, 2, 64, 16, 8), (3, 1, 2, 64, 16, 8)],
 )
-def test_cache_queries_and_dense_rows_equal_those_of_plain_torch(format, dtype, n, decoding, h, r, p, d, device) -> None:
+def test_cache_queries_and_dense_rows_equal_those_of_plain_torch(
+    format, dtype, n, decoding, h, r, p, d, device
+) -> None:
     given = problem(n, h, r, p, d, dtype, device)
     got, expected = (poisoned(format, 3 * n + 1, r, p, dtype, device) for _ in range(2))
     stored = latent_store.store(**given, eps=EPS, latents=got, decoding=decoding, block_r=32)

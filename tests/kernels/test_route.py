@@ -41,7 +41,9 @@ def gate_of(member: str, d: int, device: str, seed: int = 0) -> Gate:
     return gate
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor | None, *, tiles: Tiles | None = None, **config) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, tiles: Tiles | None = None, **config
+) -> tuple[Tensor, Tensor]:
     """The two launches behind each other, for rows whose norm is the row itself."""
     ones = torch.ones(x.shape[1], device=x.device, dtype=x.dtype)
     return choose(add_norm_logits(x, torch.zeros_like(x), ones, EPS, weight, tiles=tiles)[2], bias, **config)
