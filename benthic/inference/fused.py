@@ -115,11 +115,11 @@ class Fused:
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
+        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
         x = self.ways.product(both, module.eh_proj)
         layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
-        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
 
     def block(

@@ -1,7 +1,8 @@
 """What a step of decode rows begins with, in two launches where plain torch takes thirty: the rows' tokens, and angles.
 
 A program per row follows what the device alone knows (the token chosen last, how many drafts were accepted) and finds
-the slots. A program per token turns its position into cosines and sines. Hundreds of bytes per row; bound by launches.
+the slots. A program per token turns its position into cosines and sines. A few hundred bytes per row; bound by the
+launch.
 
 Letters: B rows, Q queries of each, W pages per row, N tokens, P rotary width.
 """
@@ -45,7 +46,7 @@ def rows(
     -> (ids, positions and slots [3, B Q] int64, first position [B] int64, context [B] int32, table [B, W] int32).
     Queries from `count` on go to slot 0; a row without any has no context.
     """
-    (b, columns), w = data.shape, data.shape[1] - queries - 3
+    b, w = len(data), data.shape[1] - queries - 3
     if w < 1 or not data.is_contiguous() or feed_ids.shape[1:] != (queries,) or not feed_ids.is_contiguous():
         raise ValueError(f"data {tuple(data.shape)}, feed {tuple(feed_ids.shape)} for {queries} queries do not fit")
     if {data.dtype, feed_ids.dtype, feed_gain.dtype} != {torch.int64}:

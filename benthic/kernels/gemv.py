@@ -2,8 +2,8 @@
 
 Libraries' products are made for tiles and leave half of the memory's speed unused at one token. A program fetches all
 of its rows at once, in tiles of which every warp reads whole lines, while the kernel before it still runs (chain.py),
-multiplies them by one vector after the other, and only then sums. Bytes: the matrix; memory-bound. Float32 inside, summed in a fixed
-order; tokens do not see each other.
+multiplies them by one vector after the other, and only then sums. Bytes: the matrix; memory-bound. Float32 inside,
+summed in a fixed order; tokens do not see each other.
 
 Letters: N tokens, D inputs, M outputs.
 """

@@ -84,7 +84,7 @@ def _store(
     chain.begin(CHAINED)
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = kv_a.dtype.element_ty
-    if ABSORB:
+    if ABSORB:  # noqa: SIM102  (decided when it is compiled, the other when it runs)
         if block > tl.cdiv(H, BLOCK_H):
             part, query, into = block - tl.cdiv(H, BLOCK_H) - 1, q + n * stride_q, q_latent + n * R
             _absorb(query, w_uk, into, part, stride_head, stride_w, stride_out, R, D, BLOCK_R, CHAINED)
@@ -126,8 +126,9 @@ def store(
     kv_a: Tensor, weight: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents,
     w_uk: Tensor, decoding: int, *, absorb: bool = True, block_h: int = 8, block_r: int = 64, num_warps: int = 4,
 ) -> Stored:  # fmt: skip
-    """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) and make the queries of attention; the first
-    `decoding` tokens decode, the others belong to prompts.
+    """Write the latents of N tokens to their `slots` [N] int64 (padding: 0) and make the queries of attention.
+
+    The first `decoding` tokens decode, the others belong to prompts.
 
     kv_a [N, R+P] and q [N, H, D+P] in the compute dtype, rows any distance apart; weight [R] of the norm; cos, sin
     [N, P/2] float32; w_uk [H, D, R], heads any distance apart. absorb False: q_latent is left to the caller.

@@ -280,7 +280,7 @@ def stretches(
     q_latent: Tensor, q_rope: Tensor, latents: Latents, table: Tensor, context: Tensor,
     *, page_size: int, scale: float, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`mla_decode` before it is combined: of every stretch of a context its output, and the LSE it has to be weighed by.
+    """`mla_decode` before it is combined: of every stretch of a context its output and the LSE that weighs it.
 
     (float32 [S, N, H, R], [S, N, H]); with one stretch (the result [H, N, R] itself, None).
     """

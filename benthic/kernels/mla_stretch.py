@@ -1,8 +1,9 @@
 """Absorbed attention where there are processors enough for every tile of every context: one program, one tile, no loop.
 
 What `mla_decode` computes before it combines, made for the shortest way from the queries to the result. A program
-fetches its tile before the queries are there (chain.py), unless the tile holds tokens of this very step. The scores'
-sum over the width is cut into four that do not wait for each other. Bytes: as in mla_decode; bound by latency.
+fetches its tile before the queries are there (chain.py), all but the latents of this very step's tokens, which it adds
+when they are. The scores' sum over the width is cut into parts that do not wait for each other. Bytes: as in
+mla_decode; bound by latency.
 
 Letters as in mla_decode.
 """
@@ -16,7 +17,7 @@ from benthic.kernels import chain
 from benthic.kernels.latent import Latents
 
 BLOCK_N = 64  # tokens of a tile
-PROGRAMS = 264  # two on each processor of an H200: more would have to wait for each other
+PROGRAMS = 132  # one on each processor of an H200: more would have to wait for each other
 
 
 @triton.jit
@@ -30,6 +31,14 @@ def _stretch(
     first = split * BLOCK
     page = tl.load(table + row.to(tl.int64) * width + first // PAGE, mask=first < length, other=0)
     token, column, rope = tl.arange(0, BLOCK), tl.arange(0, R // PARTS), tl.arange(0, P)
+    pair = tl.arange(0, BLOCK_M)  # query H + head
+    n, head, real = (row * Q + pair // H).to(tl.int64), pair % H, (pair < Q * H)[:, None]
+    part = (split * tl.num_programs(1) * Q).to(tl.int64) * H + n * H + head  # [splits, N, H]
+    if first >= length:
+        chain.wait(CHAINED)
+        tl.store(lse + part, float("-inf"), mask=pair < Q * H)
+        return
+
     slot, position = (page.to(tl.int64) * PAGE + first % PAGE + token)[:, None], (first + token)[:, None]
     old, new = position < length - Q, (position >= length - Q) & (position < length)
     tile = ()
@@ -45,9 +54,6 @@ def _stretch(
         k_r = tl.load(k_rope + slot * P + rope[None, :], mask=new, other=k_r)
 
     qs = ()
-    pair = tl.arange(0, BLOCK_M)  # query H + head
-    n, head, real = (row * Q + pair // H).to(tl.int64), pair % H, (pair < Q * H)[:, None]
-    part = (split * tl.num_programs(1) * Q).to(tl.int64) * H + n * H + head  # [splits, N, H]
     q_r = tl.load(q_rope + (n * H + head)[:, None] * P + rope[None, :], mask=real, other=0.0)
     for i in tl.static_range(PARTS):
         at = (q_latent + head * stride_qh + n * stride_qn + i * (R // PARTS))[:, None] + column[None, :]

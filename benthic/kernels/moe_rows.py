@@ -45,20 +45,13 @@ def _times(
 def _up(
     x, topk_ids, h, gate_up, shared_gate, shared_up, scale, shared_gate_scale, shared_up_scale, stride_x,
     D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FP8: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr, ORDER: tl.constexpr, LATE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if LATE == 0:
-        chain.begin(CHAINED)
-    if ORDER == 2:
-        token, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        i = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    else:
-        token, slot = tl.program_id(0).to(tl.int64), (tl.program_id(2) if ORDER == 1 else K + S - 1 - tl.program_id(2))
-        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    chain.begin(CHAINED)
+    token, slot = tl.program_id(0).to(tl.int64), K + S - 1 - tl.program_id(2)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if slot < K:
         chain.wait(CHAINED)
-        if LATE:
-            chain.begin(CHAINED)
         expert = tl.load(topk_ids + token * K + slot)
     else:
         expert = E + slot - K
@@ -71,8 +64,6 @@ def _up(
     gates = fetch(gate + i * D, i < I, D, D, CHUNK)
     ups = fetch(up + i * D, i < I, D, D, CHUNK)
     chain.wait(CHAINED)
-    if LATE:
-        chain.begin(CHAINED)
     x += token * stride_x
     gate_sum = _times(gates, x, D, gate_scale, row, tl.cdiv(D, 128), D, BLOCK, CHUNK, FP8)
     up_sum = _times(ups, x, D, up_scale, row, tl.cdiv(D, 128), D, BLOCK, CHUNK, FP8)
@@ -84,19 +75,14 @@ def _up(
 def _down(
     h, topk_ids, y, down, shared_down, scale, shared_scale,
     D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FP8: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr, ORDER: tl.constexpr, LATE: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     chain.begin(CHAINED)
-    if ORDER == 2:
-        token, slot = tl.program_id(0).to(tl.int64), SLOTS - 1 - tl.program_id(1)
-        d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    else:
-        token, slot = tl.program_id(0).to(tl.int64), (tl.program_id(2) if ORDER == 1 else SLOTS - 1 - tl.program_id(2))
-        d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token, slot = tl.program_id(0).to(tl.int64), SLOTS - 1 - tl.program_id(2)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if slot < K:
-        if LATE == 0:
-            chain.wait(CHAINED)
-        expert = tl.load(topk_ids + token * K + slot, cache_modifier=".cg")
+        chain.wait(CHAINED)
+        expert = tl.load(topk_ids + token * K + slot)
     else:
         expert = slot - K + E
     if expert < 0:
@@ -118,12 +104,9 @@ def _down(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Numbers in a tile: 16 bytes per thread. Small programs, several waves of them, keep over 100 KB of loads in flight
-    on every multiprocessor."""
+    """Numbers in a tile: 16 bytes per thread. Small programs, several waves of them, keep over 100 KB of loads in
+    flight on every multiprocessor."""
 
-    up_order: int = 0
-    down_order: int = 0
-    late: int = 1
     tile: int = 1024
     num_warps: int = 4
 
@@ -135,13 +118,13 @@ class Rows:
         h = torch.empty(n, k + s, i, dtype=x.dtype, device=x.device)
         y = torch.empty(n, slots, d, dtype=x.dtype, device=x.device)
         up, down = gemv.tiles_of(d, self.tile), gemv.tiles_of(i, self.tile)
-        _up[(n, k + s, triton.cdiv(i, up["BLOCK"])) if self.up_order == 2 else (n, triton.cdiv(i, up["BLOCK"]), k + s)](
+        _up[n, triton.cdiv(i, up["BLOCK"]), k + s](
             x, topk_ids, h, *weights.up_arguments(), x.stride(0),  # pyright: ignore[reportCallIssue]
-            D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, **up, ORDER=self.up_order, LATE=self.late,
+            D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, **up,
             num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-        _down[(n, slots, triton.cdiv(d, down["BLOCK"])) if self.down_order == 2 else (n, triton.cdiv(d, down["BLOCK"]), slots)](
-            h, topk_ids, y, *weights.down_arguments(), D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, SLOTS=slots, **down, ORDER=self.down_order, LATE=self.late,
+        _down[n, triton.cdiv(d, down["BLOCK"]), slots](
+            h, topk_ids, y, *weights.down_arguments(), D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, SLOTS=slots, **down,
             num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return y

@@ -1,13 +1,14 @@
 """The router: which experts each token visits and with what weight (V2 Eq 20-22, V3 Eq 13-16), in two launches.
 
-First the residual addition, the norm, and of it the logits, in float32 and never through a shortened mantissa, because two experts that nearly tie must fall as
-they fall in the model. Few tokens: a program per token and few experts, so that the gate's weight (256 KB for 64
-experts, 3.7 MB for V3's 256) is read by many programs at once, each of which norms the token for itself rather than
-wait for another kernel. Many: the norm's own kernel, then tiles of tokens by experts on the tensor cores, whose products of 16-bit numbers are exact and are summed in float32; wider inputs are
-multiplied in full float32. Both sum in an order that is fixed by the block sizes alone. Then the choice, a
-program per token: affinity, bias, groups, the K best one after the other, weights. The lowest index wins a tie (torch
-leaves ties open), and ids are always of experts that exist, even where scores are NaN; the weights then are NaN too.
-Bytes: weight + N d elements read; a few microseconds, bound by launches and latency.
+First the residual addition, the norm, and of it the logits, in float32 and never through a shortened mantissa, because
+two experts that nearly tie must fall as they fall in the model. Few tokens: a program per token and few experts, so
+that the gate's weight (256 KB for 64 experts, 3.7 MB for V3's 256) is read by many programs at once, each of which
+norms the row for itself rather than wait for another kernel. Many: the norm's own kernel, then tiles of tokens by
+experts on the tensor cores, whose products of 16-bit numbers are exact and are summed in float32; wider inputs are
+multiplied in full float32. Both sum in an order that is fixed by the block sizes alone. Then the choice, a program per
+token: affinity, bias, groups, the K best one after the other, weights. The lowest index wins a tie (torch leaves ties
+open), and ids are always of experts that exist, even where scores are NaN; the weights then are NaN too.
+Bytes: weight + 4 N d elements; a few microseconds, bound by launches and latency.
 
 Letters: N tokens, d hidden, E routed experts, K chosen, G groups.
 """
@@ -23,7 +24,6 @@ from torch import Tensor
 from benthic.kernels import chain, norm
 from benthic.kernels.gemv import fetch, fetch_vector
 
-LATE = 0
 Scoring = Literal["sigmoid", "softmax"]
 Method = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 
@@ -49,19 +49,16 @@ FIXED = Tiles(rows_max=0, tall_from=2**31)  # one way for any number of tokens: 
 @triton.jit
 def _logits_of_rows(
     x, residual, norm_weight, weight, normed, total, logits, eps, stride_x, stride_r,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, LATE: tl.constexpr, CHAINED: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Every program adds and norms its token's row for itself; the first of a token writes it."""
-    if LATE == 0:
-        chain.begin(CHAINED)
+    chain.begin(CHAINED)
     dtype: tl.constexpr = total.dtype.element_ty
     token, expert = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     tiles, factors = fetch(weight + expert * D, expert < E, D, D, BLOCK_D), ()
     for first in tl.static_range(0, D, BLOCK_D):
         factors += (fetch_vector(norm_weight, D, first, BLOCK_E, BLOCK_D),)
     chain.wait(CHAINED)
-    if LATE:
-        chain.begin(CHAINED)
     sums, square, product = (), tl.zeros([BLOCK_E, BLOCK_D], tl.float32), tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
         value = fetch_vector(x + token * stride_x, D, first, BLOCK_E, BLOCK_D)
@@ -189,7 +186,7 @@ def add_norm_logits(
         _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
             x, residual, norm_weight, weight, normed, total, logits, eps, x.stride(0), residual.stride(0),
             D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)),
-            LATE=LATE, num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return normed, total, logits
 

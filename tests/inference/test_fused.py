@@ -18,6 +18,7 @@ from benthic.model.mla import MLA
 from benthic.model.transformer import Transformer
 
 fused = pytest.importorskip("benthic.inference.fused", reason="needs triton")
+chain = pytest.importorskip("benthic.kernels.chain", reason="needs triton")
 
 PAGE = 16
 V3 = ModelConfig(
@@ -141,6 +142,31 @@ def test_the_prediction_module_equals_the_models(device) -> None:
     ahead = rows.forward.mtp_hidden(hidden, ids[1:14], tokens, 0)
     true = model.hidden(ids[None, :13])[0]
     close(ahead, model.mtp_hidden(true, ids[None, 1:14])[0][0])
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are chained on a GPU alone")
+@pytest.mark.parametrize("batch", [1, 4, 8, 32])
+def test_chained_kernels_leave_the_bits_of_kernels_one_after_the_other(batch, device, monkeypatch) -> None:
+    """A read ahead of its time, or a write, would show in one of many replays of graphs with changing inputs."""
+    model, found = build(V3, device), []
+    for most in (0, chain.MOST):
+        monkeypatch.setattr(chain, "MOST", most)
+        rows = Rows(model, [40] * batch, device)
+        rows.forward.hidden(rows.tokens({}, dict.fromkeys(range(batch), 30)))
+        tokens = rows.tokens(dict.fromkeys(range(batch), 1), {})
+        rows.forward.hidden(tokens)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = rows.forward.hidden(tokens)
+        outputs, generator = [], torch.Generator(device).manual_seed(7)
+        for _ in range(200):
+            tokens.ids.copy_(torch.randint(0, 61, (batch,), generator=generator, device=device))
+            graph.replay()
+            outputs.append(out.clone())
+        found.append(torch.stack(outputs))
+    assert torch.equal(*found)
 
 
 @torch.no_grad()

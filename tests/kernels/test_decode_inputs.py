@@ -10,7 +10,7 @@ PAGE = 16
 
 @pytest.mark.parametrize(("queries", "width"), [(1, 5), (3, 40)])
 def test_rows_are_those_of_plain_torch(queries: int, width: int, device: str) -> None:
-    """New rows and continued ones, rows with fewer real queries than others, padding, a place at the last page's end."""
+    """New rows and continued ones, rows with fewer real queries than others, padding, the end of the last page."""
     data = torch.zeros(6, queries + 3 + width, dtype=torch.int64)
     data[:, :queries] = torch.arange(6 * queries).view(6, queries)
     data[:, queries] = torch.tensor([-1, 2, 0, -1, 1, -1])

@@ -7,6 +7,7 @@ from torch import Tensor
 from benthic.kernels.latent import Latents, empty_latents
 
 mla_decode = pytest.importorskip("benthic.kernels.mla_decode", reason="needs triton")
+mla_stretch = pytest.importorskip("benthic.kernels.mla_stretch", reason="needs triton")
 
 PAGE, P = 16, 16
 NAN = float("nan")
@@ -107,6 +108,26 @@ def test_a_draft_sees_the_drafts_before_it_and_not_those_after(device) -> None:
             "context": given["context"] - 2 + j,
         }  # fmt: skip
         close(together[:, j::3], mla_decode.mla_decode(**alone, tiles=tiles()))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(
+    ("context", "queries", "heads"), [([1, 16, 0, 33], 1, 4), ([18, 3, 32, 64], 3, 5), ([17], 2, 16)]
+)
+def test_a_program_for_every_tile_gives_the_same_answer(context, queries, heads, parts, device) -> None:
+    """New tokens at the end of a tile, across two of them, alone in one; a row of padding."""
+    given = problem("auto", context, queries, heads, device)
+    stretches, lse = mla_stretch.stretches(**given, parts=parts)
+    assert lse.isneginf().any()  # contexts of several lengths leave stretches without a token
+    out = mla_decode.combine(stretches, lse, given["q_rope"].dtype)
+    close(out, mla_decode.mla_decode_ref(**given))
+
+
+def test_a_program_for_every_tile_is_for_few_rows_of_the_plain_format(device) -> None:
+    latents = problem("auto", [5], 1, 4, device)["latents"]
+    assert mla_stretch.fits(latents, 4, 16, 64, 2048)
+    assert not mla_stretch.fits(latents, 8, 16, 64, 2048)
+    assert not mla_stretch.fits(problem("fp8", [5], 1, 4, device)["latents"], 1, 16, 64, 64)
 
 
 def test_rounding_the_cache_is_felt(device) -> None:
