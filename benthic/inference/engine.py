@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from benthic.base.errors import BenthicError, DoesNotFit, InputError
+from benthic.inference import drafting
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
 from benthic.inference.request import Delta, FinishReason, Output, Request, Seq
@@ -57,7 +58,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
         self.runner: Runner = make_runner(model, self.config, self.vocab_size)
-        self.scheduler = Scheduler(self.config)
+        self.drafting = drafting.make(self.config.num_speculative_tokens, self.config.adaptive_speculation)
+        self.scheduler = Scheduler(self.config, self.drafting)
         self.stats = Stats()
         self._seqs: dict[int, Seq] = {}  # unfinished
         self._matchers: dict[int, Matcher] = {}  # of those whose answer must have a form
@@ -159,6 +161,8 @@ class Engine:
                 raise
             gained = self.scheduler.commit(plan, result.tokens)
             self.stats.count(plan, result.tokens, gained)
+            alone = plan.decode if plan.decode == len(plan.seqs) else 0
+            self.drafting.observe(alone, plan.queries - 1, plan.drafts, sum(gained))
             self.stats.preemptions = self.scheduler.preemptions
             for row, (seq, new) in enumerate(zip(plan.seqs, gained)):
                 if not new:

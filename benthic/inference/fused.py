@@ -98,15 +98,32 @@ class Fused:
             normed, x = self.block(layer, block, normed, x, after, tokens, angles)
         return normed
 
-    def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
+    def mtp_hidden(
+        self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int, angles: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
+        normed, x = self._mtp_input(module, hidden, next_ids)
+        layer, angles = self.model.config.num_hidden_layers + depth, angles or self.angles(tokens.positions)
+        return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
+
+    def mtp_fill(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> None:
+        """Write the latents that `mtp_hidden` would write, and compute nothing else."""
+        module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
+        attn: MLA = module.block.self_attn  # type: ignore[assignment]
+        normed, _ = self._mtp_input(module, hidden, next_ids)
+        kv_a, kv_norm = linear(normed, attn.kv_a_proj_with_mqa.weight), attn.kv_a_layernorm
+        latents = self.cache.layers[self.model.config.num_hidden_layers + depth]
+        unused = kv_a[:, latents.width :].unsqueeze(1)  # in place of queries
+        angles = self.angles(tokens.positions)
+        latent_store.store(kv_a, kv_norm.weight, kv_norm.eps, unused, *angles, tokens.slots, latents, dense=False)
+
+    def _mtp_input(self, module: MTP, hidden: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The module's residual stream [N, d] and its norm, in the other order."""
         embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
         both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
-        x = F.linear(both, module.eh_proj.weight)
-        layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
-        angles = self.angles(tokens.positions)
-        return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
+        x = linear(both, module.eh_proj.weight)  # V3 Eq 21
+        return rms_norm(module.block.input_layernorm, x), x
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [N] -> cos, sin [N, P/2] float32."""

@@ -28,6 +28,11 @@ class Feed:
     gain: Tensor
 
 
+def width_of(plan: Plan) -> int:
+    """Columns for the pages of every decode row, and one that is 0: what has no page yet is looked up there."""
+    return 1 + max(len(seq.pages) for seq in plan.seqs[: plan.decode])
+
+
 def decode_array(plan: Plan, rows: int, queries: int, width: int) -> np.ndarray:
     """The decode rows of a plan [rows, Q + 3 + W] int64: ids, source, start, count, pages. Padding counts 0."""
     array = np.zeros((rows, queries + 3 + width), np.int64)
@@ -57,7 +62,7 @@ def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> Decod
     """Cut the array apart and fill in what the device knows better."""
     ids, source, start, counts, pages = data.split([queries, 1, 1, 1, data.shape[1] - queries - 3], 1)
     known, at = source < 0, source.clamp(min=0).squeeze(1)
-    ids = torch.where(known, ids, feed.ids[at])  # [B, Q]
+    ids = torch.where(known, ids, feed.ids[at, :queries])  # [B, Q]
     first = start + torch.where(known, 0, feed.gain[at].unsqueeze(1))  # [B, 1]
     steps = torch.arange(queries, device=data.device)
     positions = first + steps  # [B, Q]
@@ -76,11 +81,12 @@ def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> Decod
 @dataclass(frozen=True)
 class Chunks:
     """The prefill rows of a step: tokens [3, n] as above, next_ids [n], last [C] the place of each chunk's last token
-    among them, and how they attend."""
+    among them, their pages [C, W] int32, and how they attend."""
 
     tokens: Tensor
     next_ids: Tensor
     last: Tensor
+    table: Tensor
     prefill: Prefill
 
 
@@ -109,17 +115,21 @@ def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
         for piece in pieces
     ]
     firsts += [np.cumsum([0, *(b - a for a, b in piece)]) for piece in pieces]
-    flat = np.concatenate([np.concatenate(columns, 1).reshape(-1), *held, *firsts]).astype(np.int64)
+    table = np.zeros((len(rows), 1 + max(len(plan.seqs[row].pages) for row in rows)), np.int64)
+    for i, row in enumerate(rows):
+        table[i, : len(plan.seqs[row].pages)] = plan.seqs[row].pages
+    flat = np.concatenate([np.concatenate(columns, 1).reshape(-1), table.reshape(-1), *held, *firsts]).astype(np.int64)
     data = torch.from_numpy(flat).to(device, non_blocking=True)
     n, c = sum(counts), len(counts)
-    sizes = [4 * n, *map(len, held), *[c + 1] * len(firsts)]
-    parts = data.split(sizes)
-    tokens, starts = parts[0].view(4, n), [part.int() for part in parts[1 + len(held) :]]
-    cached = [Piece(slots, first) for slots, first in zip(parts[1 : 1 + len(held)], starts[1:])]
+    sizes = [4 * n, table.size, *map(len, held), *[c + 1] * len(firsts)]
+    own, pages, *parts = data.split(sizes)
+    tokens, starts = own.view(4, n), [part.int() for part in parts[len(held) :]]
+    cached = [Piece(slots, first) for slots, first in zip(parts[: len(held)], starts[1:])]
     return Chunks(
         tokens=tokens[:3],
         next_ids=tokens[3],
-        last=parts[1 + len(held)][1:] - 1,
+        last=parts[len(held)][1:] - 1,
+        table=pages.view(table.shape).int(),
         prefill=Prefill(starts[0], max(counts), cached),
     )
 

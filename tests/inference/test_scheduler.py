@@ -9,6 +9,7 @@ from shadow import Broken
 from simulation import Limits, World
 
 from benthic.inference.config import SamplingParams
+from benthic.inference.drafting import Always
 from benthic.inference.request import Seq
 from benthic.inference.scheduler import Plan, Scheduler
 
@@ -72,7 +73,8 @@ def scheduler(**limits) -> Scheduler:
         "num_speculative_tokens": 0,
         "enable_prefix_caching": True,
     }
-    return Scheduler(Limits(**(defaults | limits)))
+    built = Limits(**(defaults | limits))
+    return Scheduler(built, Always(built.num_speculative_tokens))
 
 
 def seq(request_id: int, ids: int | list[int], **fields) -> Seq:
