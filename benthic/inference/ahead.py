@@ -10,50 +10,42 @@ Letters: B rows, Q queries, W pages per row, N tokens of the step, d hidden.
 
 from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.inference import sampler
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Decode, Fused, Tokens
 from benthic.inference.sampler import Choice
+from benthic.kernels.likeliest import likeliest
+from benthic.kernels.speculate import Verified
 
 
 @dataclass
 class Ends:
-    """Rows of one kind that have chosen, and where each of them goes on."""
+    """Rows of one kind that have chosen, and where each of them goes on. `at` counts all of the step's tokens."""
 
     choice: Choice
-    accepted: Tensor  # [B] drafts that were right
+    verified: Verified
+    table: Tensor  # [B, W] int32 pages
     controls: Controls | None
-    at: Tensor  # [B] which of the step's tokens is the row's last right one
-    position: Tensor  # [B] its position
-    table: Tensor  # [B, W] int32 pages; 0 where the row has none
-    next_ids: Tensor  # [B] the token after it
 
 
-def draft(forward: Fused, rows: Ends, hidden: Tensor, count: int, vocab_size: int) -> Tensor:
-    """hidden [N, d] of the main model -> [B, count] guesses for the tokens after `next_ids`. The latents of the step's
-    tokens are in the cache. Where a row has no page for the next ones, it is padding and its guess is bad."""
+def draft(forward: Fused, rows: Ends, hidden: Tensor, out: Tensor, vocab_size: int) -> None:
+    """hidden [N, d] of the main model -> out [B, drafts]: guesses for the tokens after the last one. The latents of the
+    step's tokens are in the cache. Where a row has no page for the next ones, it is padding and its guess is bad."""
+    v, count = rows.verified, out.shape[1]
     if not count:
-        return rows.choice.tokens[:, :0]
-    each = one_by_one(rows.position, rows.table, count, forward.page_size)
-    angles = forward.angles(rows.position + torch.arange(count, device=hidden.device).unsqueeze(1))  # [count, B, P/2]
-    state, guess, found = hidden[rows.at], rows.next_ids, []
-    for i, tokens in enumerate(each):
-        state = forward.mtp_hidden(state, guess, tokens, 0, (angles[0][i], angles[1][i]))
-        guess = sampler.propose(forward.model.logits(state), rows.controls, rows.position + i + 2, vocab_size)
-        found.append(guess)
-    return torch.stack(found, 1)
-
-
-def one_by_one(position: Tensor, table: Tensor, count: int, page_size: int) -> list[Tokens]:
-    """The tokens at position [B], position + 1, ... of every row, as `count` decode steps. Their ids are not read."""
-    positions = position + torch.arange(count, device=position.device).unsqueeze(1)  # [count, B]
-    index = (positions // page_size).clamp(max=table.shape[1] - 1)
-    page = table.t().gather(0, index)  # [count, B] int32
-    there = page > 0
-    slots = torch.where(there, page * page_size + positions % page_size, 0)  # int64
-    context = torch.where(there, positions + 1, 0).int()
-    rows = len(table)
-    return [Tokens(p, p, s, Decode(rows, 1, table, c), None) for p, s, c in zip(positions, slots, context)]
+        return
+    cos, sin = (x.view(count, len(out), -1) for x in forward.angles(v.positions.flatten()))  # [drafts, B, P/2]
+    state, at, guess = hidden, v.at, v.last
+    for i in range(count):
+        place = Decode(len(out), 1, rows.table, v.context[i])
+        tokens = Tokens(v.positions[i], v.positions[i], v.slots[i], place, None)  # whose ids are not read
+        state, at = forward.mtp_hidden(state, guess, tokens, 0, at, (cos[i], sin[i])), None
+        logits, guess = F.linear(state, forward.model.head), out[:, i]
+        if rows.controls is None or not rows.controls.draws:
+            likeliest(logits, vocab_size, guess)
+        else:
+            places = v.positions[i] + 2
+            guess.copy_(sampler.propose(logits.float(), rows.controls, places, vocab_size))

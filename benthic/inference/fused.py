@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.base.errors import InputError
-from benthic.kernels import latent_store, mla_decode, moe, norm, route
+from benthic.kernels import latent_store, mla_decode, moe, norm, route, speculate
 from benthic.kernels.gemv import linear
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
@@ -99,11 +99,13 @@ class Fused:
         return normed
 
     def mtp_hidden(
-        self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int, angles: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
+        self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int, at: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """hidden [N, d] of the depth before, or rows `at` [N] of it, next_ids [N] -> hidden states of module `depth`
+        [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
-        normed, x = self._mtp_input(module, hidden, next_ids)
+        normed, x = self._mtp_input(module, hidden, next_ids, at)
         layer, angles = self.model.config.num_hidden_layers + depth, angles or self.angles(tokens.positions)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
 
@@ -111,24 +113,25 @@ class Fused:
         """Write the latents that `mtp_hidden` would write, and compute nothing else."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
         attn: MLA = module.block.self_attn  # type: ignore[assignment]
-        normed, _ = self._mtp_input(module, hidden, next_ids)
+        normed, _ = self._mtp_input(module, hidden, next_ids, None)
         kv_a, kv_norm = linear(normed, attn.kv_a_proj_with_mqa.weight), attn.kv_a_layernorm
         latents = self.cache.layers[self.model.config.num_hidden_layers + depth]
         unused = kv_a[:, latents.width :].unsqueeze(1)  # in place of queries
         angles = self.angles(tokens.positions)
         latent_store.store(kv_a, kv_norm.weight, kv_norm.eps, unused, *angles, tokens.slots, latents, dense=False)
 
-    def _mtp_input(self, module: MTP, hidden: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _mtp_input(self, module: MTP, hidden: Tensor, next_ids: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
         """The module's residual stream [N, d] and its norm, in the other order."""
-        embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
-        both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
+        enorm, hnorm = module.enorm, module.hnorm
+        both = speculate.module_input(
+            self.model.embed_tokens.weight, next_ids, hidden, enorm.weight, hnorm.weight, (enorm.eps, hnorm.eps), at
+        )
         x = linear(both, module.eh_proj.weight)  # V3 Eq 21
         return rms_norm(module.block.input_layernorm, x), x
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [N] -> cos, sin [N, P/2] float32."""
-        turn = positions.float().unsqueeze(-1) * self.frequencies
-        return turn.cos() * self.turn, turn.sin() * self.turn
+        return speculate.angles(positions, self.frequencies, self.turn)
 
     def block(
         self, layer: int, block: Block, normed: Tensor, x: Tensor, after: RMSNorm, tokens: Tokens,

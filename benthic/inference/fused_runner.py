@@ -1,15 +1,16 @@
 """The runner for a GPU: packed tokens, kernels, CUDA graphs for decode, and results that are fetched a step later.
 
 A step of decode rows alone is two graphs, captured when a size first comes up: one from the step's one copied array to
-logits, one from logits to the next step's tokens, all drafts included, where every row takes the likeliest. Everything
-else runs eagerly. The tokens that a step chose stay on the device for the next step (`packed.Feed`), so that the next
-can be launched before they are known here; `launch` returns at once, `collect` waits.
+logits, one from logits to the next step's tokens, all drafts included: at once where every row takes the likeliest, and
+for rows that are sampled once the same rows have run for a while. Everything else runs eagerly. The tokens that a step
+chose stay on the device for the next step (`packed.Feed`), so that the next can be launched before they are known here;
+`launch` returns at once, `collect` waits.
 
 Letters: B decode rows of Q queries, C chunks of prompts, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,11 @@ from benthic.inference.request import Seq
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
-from benthic.inference.speculative import accept
+from benthic.kernels.likeliest import likeliest
+from benthic.kernels.speculate import verify
 from benthic.model.transformer import Transformer
 
+STEADY = 16  # steps after which a graph for the same sampled rows pays
 STAGES = 3  # buffers for the step's array: a copy may still wait while the host fills the next
 
 
@@ -45,8 +48,18 @@ class Chosen:
 
 
 @dataclass
+class Tail:
+    """A graph from `logits` to `chosen`, for rows with these controls."""
+
+    controls: Controls | None
+    graph: Any
+    chosen: Chosen
+
+
+@dataclass
 class Captured:
-    """A graph from `data` [B, Q + 3 + W] to `hidden` [B Q, d] and `logits` [B, Q, V]; `tail` leaves `chosen`."""
+    """A graph from `data` [B, Q + 3 + W] to `hidden` [B Q, d] and `logits` [B Q, V], and its tails: for rows that all
+    take the likeliest (True), and for the last rows that did not."""
 
     data: Tensor
     rows: DecodeRows
@@ -54,8 +67,7 @@ class Captured:
     hidden: Tensor
     logits: Tensor
     graph: Any
-    tail: Any = None
-    chosen: Chosen | None = None
+    tails: dict[bool, Tail] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +98,7 @@ class FusedRunner:
         self.gpu = gpu or Cuda()
         self.staging: list[Tensor] = []
         self.known: tuple[list[Seq], Controls | None] = ([], None)  # of the last decode rows
+        self.steady = 0  # steps that they have run
 
     @torch.inference_mode()
     def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Pending:
@@ -118,13 +131,15 @@ class FusedRunner:
         self._send(plan, captured.data)
         captured.graph.replay()
         controls = self._controls(plan.seqs)
-        if controls is not None or plan.drafts != plan.queries - 1:  # a change of drafts is too rare for a graph
-            ends, next_ids = self._decoded(captured.rows, captured.logits, controls, mask, plan.decode)
+        steady = controls is None or (mask is None and self.steady > STEADY)
+        if not steady or plan.drafts != plan.queries - 1:  # a change of drafts is too rare for a graph
+            ends, next_ids = self._decoded(captured.rows, captured.logits, controls, mask, plan.decode, plan.drafts)
             return self._finish([ends], captured.hidden, next_ids, captured.tokens, plan.drafts)[0]
-        if captured.chosen is None:
-            self._capture_tail(captured, plan.drafts)
-        captured.tail.replay()
-        return captured.chosen  # type: ignore[return-value]
+        tail = captured.tails.get(controls is None)
+        if tail is None or tail.controls is not controls:
+            tail = self._capture_tail(captured, controls, plan)
+        tail.graph.replay()
+        return tail.chosen
 
     def _send(self, plan: Plan, data: Tensor) -> None:
         rows, columns = data.shape
@@ -146,22 +161,24 @@ class FusedRunner:
             found = decode_rows(data, queries, self.feed, self.config.page_size)
             tokens = joined(found, None)
             hidden = self._hidden(tokens)
-            return found, tokens, hidden, self.model.logits(hidden).view(rows, queries, -1)
+            return found, tokens, hidden, F.linear(hidden, self.model.head)
 
         graph, (found, tokens, hidden, logits) = self.gpu.graph(step)
         captured = Captured(data, found, tokens, hidden, logits, graph)
         self.graphs[rows, width, queries] = captured
         return captured
 
-    def _capture_tail(self, c: Captured, drafts: int) -> None:
+    def _capture_tail(self, c: Captured, controls: Controls | None, plan: Plan) -> Tail:
         def tail() -> Chosen:
-            ends, next_ids = self._decoded(c.rows, c.logits, None, None, len(c.data))
-            return self._finish([ends], c.hidden, next_ids, c.tokens, drafts)[0]
+            ends, next_ids = self._decoded(c.rows, c.logits, controls, None, plan.decode, plan.drafts)
+            return self._finish([ends], c.hidden, next_ids, c.tokens, plan.drafts)[0]
 
         feed = self.feed.ids.clone(), self.feed.gain.clone()  # which warming up overwrites
-        c.tail, c.chosen = self.gpu.graph(tail)
+        graph, chosen = self.gpu.graph(tail)
+        c.tails[controls is None] = found = Tail(controls, graph, chosen)
         self.feed.ids.copy_(feed[0])
         self.feed.gain.copy_(feed[1])
+        return found
 
     # Steps with prompts
 
@@ -175,8 +192,8 @@ class FusedRunner:
         hidden = self._hidden(tokens)
         n = d * plan.queries
         if found is not None:
-            logits = self.model.logits(hidden[:n]).view(d, plan.queries, -1)
-            parts.append(self._decoded(found, logits, self._controls(plan.seqs[:d]), masks[0], d))
+            logits = F.linear(hidden[:n], self.model.head)
+            parts.append(self._decoded(found, logits, self._controls(plan.seqs[:d]), masks[0], d, plan.drafts))
         parts.append(self._prompted(plan, chunks, hidden[n:], n, masks[1]))
         next_ids = torch.cat([ids for _, ids in parts])
         return self._finish([ends for ends, _ in parts], hidden, next_ids, tokens, plan.drafts)
@@ -189,24 +206,27 @@ class FusedRunner:
 
     def _controls(self, seqs: list[Seq]) -> Controls | None:
         """Of decode rows; the same rows running on need no new copy."""
+        self.steady += 1
         if self.known[0] != seqs:
-            self.known = (list(seqs), controls_of.build(seqs, self.device))
+            self.known, self.steady = (list(seqs), controls_of.build(seqs, self.device)), 0
         return self.known[1]
 
     def _decoded(
-        self, found: DecodeRows, logits: Tensor, controls: Controls | None, mask: Tensor | None, real: int
+        self, found: DecodeRows, logits: Tensor, controls: Controls | None, mask: Tensor | None, real: int, drafts: int
     ) -> tuple[Ends, Tensor]:
-        """The choices of decode rows from logits [B, Q, V], and the token after each of their tokens [B Q]. Rows of
+        """The choices of decode rows from logits [B Q, V], and the token after each of their tokens [B Q]. Rows of
         padding are cut off where rows have controls, which know only the `real` ones."""
-        every, queries = logits.shape[:2]
+        every, queries = found.ids.shape
         b = every if controls is None else real
-        places = found.first[:b] + 1
-        choice = self._choose(logits[:b], controls, places, partial(self._paged, found), mask)
-        accepted = accept(found, choice.tokens)
-        last = choice.tokens.gather(1, accepted.unsqueeze(1)).squeeze(1)
-        at = torch.arange(b, device=self.device) * queries + accepted
-        end = Ends(choice, accepted, controls, at, found.first[:b] + accepted, found.decode.table[:b], last)
-        return end, F.pad(choice.tokens.flatten(), (0, (every - b) * queries))
+        first, table = found.first[:b], found.decode.table[:b]
+        own = logits.view(every, queries, -1)[:b]
+        choice = self._choose(own, controls, first + 1, partial(self._paged, found), mask)
+        size = self.config.page_size
+        verified = verify(found.ids[:b], found.counts[:b], choice.tokens, first, table, drafts, size)
+        ends = Ends(choice, verified, table, controls)
+        return ends, F.pad(
+            choice.tokens.flatten(), (0, (every - b) * queries)
+        ) if b < every else choice.tokens.flatten()
 
     def _prompted(
         self, plan: Plan, chunks: Chunks, hidden: Tensor, begin: int, mask: Tensor | None
@@ -214,14 +234,15 @@ class FusedRunner:
         """The same of chunks, whose hidden states are given; `begin` tokens stand before them."""
         d, seqs = plan.decode, plan.seqs[plan.decode :]
         controls, position = controls_of.build(seqs, self.device), chunks.tokens[1][chunks.last]
-        logits = self.model.logits(hidden[chunks.last]).unsqueeze(1)
+        logits = F.linear(hidden[chunks.last], self.model.head).unsqueeze(1)
         choice = self._choose(logits, controls, position + 1, partial(self._listed, seqs), mask)
         whole = torch.tensor([s + c == seq.fill for seq, s, c in zip(seqs, plan.starts[d:], plan.counts[d:])])
         known = chunks.next_ids[chunks.last]
         last = torch.where(whole.to(self.device), choice.tokens[:, 0], known)
         next_ids = chunks.next_ids.index_copy(0, chunks.last, last)
-        none = torch.zeros_like(position)
-        return Ends(choice, none, controls, begin + chunks.last, position, chunks.table, last), next_ids
+        one, last = torch.ones_like(position), last.unsqueeze(1)
+        verified = verify(last, one, last, position, chunks.table, plan.drafts, self.config.page_size)
+        return Ends(choice, verified._replace(at=begin + chunks.last), chunks.table, controls), next_ids
 
     def _finish(self, parts: list[Ends], hidden: Tensor, next_ids: Tensor, tokens: Tokens, drafts: int) -> list[Chosen]:
         """Fill the prediction module's latents, draft, and leave to the next step what it may go on with."""
@@ -229,21 +250,24 @@ class FusedRunner:
             self.forward.mtp_fill(hidden, next_ids, tokens, 0)
         begin, chosen = 0, []
         for part in parts:
-            found = ahead.draft(self.forward, part, hidden, drafts, self.vocab_size)
-            rows = slice(begin, begin + len(found))
-            self.feed.ids[rows, : 1 + drafts] = torch.cat((part.next_ids.unsqueeze(1), found), 1)
-            self.feed.gain[rows] = part.accepted
-            begin = rows.stop
-            chosen.append(Chosen(part.choice, part.accepted, found))
+            rows = slice(begin, begin + len(part.table))
+            guesses, begin = self.feed.ids[rows, 1 : 1 + drafts], rows.stop
+            self.feed.ids[rows, 0] = part.verified.last
+            self.feed.gain[rows] = part.verified.accepted
+            ahead.draft(self.forward, part, hidden, guesses, self.vocab_size)
+            chosen.append(Chosen(part.choice, part.verified.accepted, guesses))
         return chosen
 
     def _choose(
         self, logits: Tensor, controls: Controls | None, places: Tensor, history: Callable[[], Tensor],
         mask: Tensor | None,
     ) -> Choice:  # fmt: skip
-        """`history` gives the ids of each row [B, S], asked for only where a row has penalties."""
-        ids = history() if controls is not None and controls.penalties is not None else None
-        return sampler.choose(logits, controls, places, self.vocab_size, ids, mask)
+        """logits [B, K, V]; `history` gives the ids of each row [B, S], asked for only where a row has penalties."""
+        if controls is None:
+            ids, logprobs = likeliest(logits.flatten(0, 1), self.vocab_size)
+            return Choice(ids.view(logits.shape[:2]), logprobs.view(logits.shape[:2]))
+        ids = history() if controls.penalties is not None else None
+        return sampler.choose(logits.float(), controls, places, self.vocab_size, ids, mask)
 
     def _paged(self, found: DecodeRows) -> Tensor:
         """The ids of decode rows, drafts included, from the slots of their pages."""

@@ -79,6 +79,7 @@ def bend(model: Transformer) -> None:
     with torch.no_grad():
         d = model.config.hidden_size
         model.lm_head.weight.copy_(2 * model.embed_tokens.weight.roll(1, 0))
+        model.embed_tokens.weight.mul_(5)
         model.mtp[0].eh_proj.weight.copy_(torch.cat((torch.eye(d), torch.zeros(d, d)), 1))
 
 
@@ -124,10 +125,12 @@ def test_drafts_change_no_answer_and_are_verified(drafts, budget, device) -> Non
     without, _ = engines(V3, device)
     for engine in (plain, without):  # the first two share their model
         bend(engine.model)
-    same(plain, fused, prompts(5, 21, 33), GREEDY)
-    same(without, fused, prompts(5, 21, 33), GREEDY)
+    asked = prompts(5, 21)
+    same(plain, fused, asked, GREEDY)
     assert 0 < fused.stats.accepted < fused.stats.drafted
-    assert sum(fused.stats.accepted_at[1:]) > 0 or drafts == 1
+    assert fused.stats.accepted_at[-1] > 0
+    answers = [output.token_ids for output in plain.generate(asked, GREEDY)]
+    assert [output.token_ids for output in without.generate(asked, GREEDY)] == answers
 
 
 @LONG
