@@ -71,8 +71,8 @@ def verify(
     found = Verified(accepted, last, at, positions, slots, context)
     if b:
         _verify[b,](
-            ids, counts, tokens, first, table, *found, ids.stride(0), counts.stride(0), table.shape[1], b, Q=q, DRAFTS=drafts,
-            PAGE=page_size, num_warps=1,  # pyright: ignore[reportCallIssue]
+            ids, counts, tokens, first, table, *found, ids.stride(0), counts.stride(0), table.shape[1], b,
+            Q=q, DRAFTS=drafts, PAGE=page_size, num_warps=1,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return found
 
