@@ -244,7 +244,8 @@ def lay_together(*layers: Linear) -> None:
     Weights that are neighbours stay where they are: graphs that another engine has captured go on reading them.
     """
     weights = [layer.weight for layer in layers]
-    if all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(weights)):
+    shared = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if shared and all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(weights)):
         return
     whole = torch.cat([layer.weight for layer in layers])
     for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
