@@ -118,6 +118,21 @@ def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) ->
 
 
 @LONG
+def test_sampled_rows_that_run_on_together_answer_from_a_graph_as_without(device, monkeypatch) -> None:
+    monkeypatch.setattr(fused_runner, "STEADY", 1)
+    plain, fused = engines(V3, device, num_speculative_tokens=1)
+    bend(plain.model)
+    params = [
+        SamplingParams(max_tokens=8, seed=1, repetition_penalty=1.3, top_p=0.9),
+        SamplingParams(max_tokens=5, seed=2, temperature=0.7, top_k=20, logit_bias={3: 1.0}),
+        SamplingParams(max_tokens=8, temperature=0),
+    ]
+    same(plain, fused, prompts(9, 8, 4), params)
+    tails = [tail for captured in fused.runner.graphs.values() for tail in captured.tails.values()]
+    assert any(tail.controls is not None for tail in tails)
+
+
+@LONG
 @pytest.mark.parametrize("drafts", [1, 2])
 @pytest.mark.parametrize("budget", [8192, 20], ids=["whole prompts", "chunks"])
 def test_drafts_change_no_answer_and_are_verified(drafts, budget, device) -> None:
@@ -135,22 +150,24 @@ def test_drafts_change_no_answer_and_are_verified(drafts, budget, device) -> Non
 
 @LONG
 def test_drafts_of_drafts_are_the_plain_ones(device) -> None:
-    """Token by token, through pages that end and through a step that drafts nothing and fills the module all the
-    same."""
+    """Through pages, up to the end of the last (what has no page is guessed badly), and through steps that draft nothing
+    and fill the module all the same."""
     engines_ = engines(V3, device, num_speculative_tokens=3)
     found: list[list[list[int]]] = []
     for engine in engines_:
         engine.runner.ahead = 0
-        depths = iter([3, 3, 0, 3, 3, 3, 0, 0, 3, 3] * 9)
+        depths = iter([3, 3, 0, 3, 3, 0, 0, 3, 3] * 9)
         engine.drafting = engine.scheduler.drafting = SimpleNamespace(
             depth=lambda rows, depths=depths: next(depths), observe=lambda *step: None
         )
         for prompt in prompts(5, 13):
-            engine.add(Request(prompt_token_ids=prompt, params=dataclasses.replace(GREEDY, max_tokens=24)))
+            engine.add(Request(prompt_token_ids=prompt, params=dataclasses.replace(GREEDY, max_tokens=12)))
         found.append([])
         while engine.busy:
             engine.step()
-            found[-1] += [seq.drafts for seq in engine.scheduler.running]
+            for seq in engine.scheduler.running:
+                room = len(seq.pages) * engine.config.page_size - (len(seq.ids) - 2)
+                found[-1].append(seq.drafts[: max(1, room)])
     assert found[0] == found[1]
     assert max(map(len, found[0])) == 3
 
