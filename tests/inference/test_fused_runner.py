@@ -150,8 +150,8 @@ def test_drafts_change_no_answer_and_are_verified(drafts, budget, device) -> Non
 
 @LONG
 def test_drafts_of_drafts_are_the_plain_ones(device) -> None:
-    """Through pages, up to the end of the last (what has no page is guessed badly), and through steps that draft nothing
-    and fill the module all the same."""
+    """Up to the end of the last page (what has none is guessed badly), and through steps that draft nothing but fill
+    the module all the same."""
     engines_ = engines(V3, device, num_speculative_tokens=3)
     found: list[list[list[int]]] = []
     for engine in engines_:
