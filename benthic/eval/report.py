@@ -105,7 +105,7 @@ def _inference_tiles(results: dict[str, Any]) -> list[str]:
     if fast := results.get("speculative"):
         note = f"{fast['tokens_per_step']:.2f} tokens per step instead of 1"
         limit = "answers unchanged"
-        tiles.append(page.tile("Guessed tokens accepted", f"{fast['acceptance']:.0%}", note, fast["identical"], limit))
+        tiles.append(page.tile("First guesses accepted", f"{fast['acceptance']:.0%}", note, fast["identical"], limit))
     if cache := results.get("cache"):
         note = f"{size(cache['mla'])} per token, where multi-head attention would keep {size(cache['mha'])}"
         tiles.append(page.tile("Attention cache", f"{cache['mla'] / cache['mha']:.1%}", note))
@@ -291,7 +291,7 @@ def _guesses(fast: dict[str, Any], where: str) -> str:
     same = "the same answers as" if fast["identical"] else "not the same answers as"
     return (
         f"<p>{where}: with guesses, {number(fast['requests'])} requests got {same} without. {fast['acceptance']:.1%} "
-        f"of the guesses were accepted, which makes {fast['tokens_per_step']:.2f} tokens per step.</p>"
+        f"of the first guesses of a step were accepted; it made {fast['tokens_per_step']:.2f} tokens.</p>"
     )
 
 

@@ -27,7 +27,17 @@ class Rows:
     write: Tensor  # [B, Q] slots of the new tokens
     table: Tensor  # [B, S] slot of every context position; past the row's end its first slot, so no other is ever read
     places: Tensor  # [B] where in the sequence the first chosen token will stand
+    slots: Tensor  # [B, S] slot of every place of the row's pages
+    room: Tensor  # [B] how many places they have
     controls: Controls | None  # None when every row takes the likeliest token
+
+    def one(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token per row at `position` [B] -> positions and write [B, 1] and table [B, S], as above. A row that has
+        no room there is padding."""
+        at = torch.where(position < self.room, position, 0).unsqueeze(1)
+        write = torch.where(position.unsqueeze(1) < self.room.unsqueeze(1), self.slots.gather(1, at), 0)
+        places = torch.arange(self.slots.shape[1], device=at.device)
+        return at, write, torch.where(places <= at, self.slots, self.slots[:, :1])
 
 
 def cut(plan: Plan, budget: int) -> list[Plan]:
@@ -51,16 +61,18 @@ def rows(plan: Plan) -> list[Plan]:
 def _part(plan: Plan, begin: int, end: int) -> Plan:
     rows = slice(begin, end)
     decode = end - begin if end <= plan.decode else 0
-    return Plan(plan.seqs[rows], plan.counts[rows], plan.starts[rows], plan.sources[rows], decode)
+    return Plan(
+        plan.seqs[rows], plan.counts[rows], plan.starts[rows], plan.sources[rows], decode, plan.queries, plan.drafts
+    )
 
 
 def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
     """Lay a part of a plan out as one int64 array, copy it, and cut it apart on the device."""
     q, w = max(plan.counts), max(len(seq.pages) for seq in plan.seqs)
-    host = np.array([_row(plan, i, q, w) for i in range(len(plan.seqs))], np.int64)  # [B, Q + 1 + W + 3]
+    host = np.array([_row(plan, i, q, w, page_size) for i in range(len(plan.seqs))], np.int64)  # [B, .]
 
     data = torch.from_numpy(host).to(device)
-    ids, pages, start, counts, whole = data.split([q + 1, w, 1, 1, 1], 1)
+    ids, pages, start, counts, whole, room = data.split([q + 1, w, 1, 1, 1, 1], 1)
     steps = torch.arange(max(q, w * page_size), device=device)
     slots = pages.unsqueeze(2) * page_size + steps[:page_size]  # [B, W, page_size]
     slots = slots.flatten(1)  # [B, S]
@@ -77,12 +89,14 @@ def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:
         write=write,
         table=table,
         places=(start + (1 if plan.decode else counts)).squeeze(1),
+        slots=slots,
+        room=room.squeeze(1),
         controls=controls.build(plan.seqs, device),
     )
 
 
-def _row(plan: Plan, i: int, q: int, w: int) -> list[int]:
-    """The integers of row i: Q + 1 ids (the token after the last computed one too, where known), W pages, 3 scalars."""
+def _row(plan: Plan, i: int, q: int, w: int, page_size: int) -> list[int]:
+    """The integers of row i: Q + 1 ids (the token after the last computed one too, where known), W pages, 4 scalars."""
     seq, count = plan.seqs[i], plan.counts[i]
     ids = seq.feed(count) + seq.ids[seq.computed + count : seq.computed + count + 1]
     whole = seq.computed + count >= len(seq.ids)
@@ -95,4 +109,5 @@ def _row(plan: Plan, i: int, q: int, w: int) -> list[int]:
         seq.computed,
         count,
         whole,
+        len(pages) * page_size,
     ]

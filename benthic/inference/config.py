@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from benthic.base.errors import InputError
 
+MAX_DRAFTS = 8  # tokens drafted per step and request
 MAX_SAMPLES = 16384  # most samples of one request
 MAX_INTEGER = 2**31 - 1
 MAX_LOGPROBS = 20  # most alternatives reported per token
@@ -30,7 +31,10 @@ class EngineConfig:
     max_model_len: int = 0
     """Longest prompt and answer together; 0 takes the model's max_position_embeddings."""
     num_speculative_tokens: int = 0
-    """Tokens drafted per step by the first multi-token prediction module: 0 or 1."""
+    """Tokens drafted per step and request by the first multi-token prediction module, each from the one before: 0 to
+    8. Answers are those without."""
+    adaptive_speculation: bool = True
+    """Stop drafting while it does not pay, by measured times and accepted drafts, and try again now and then."""
     page_size: int = 64
     """Tokens per cache page. The kernels are fastest with 64."""
     enable_prefix_caching: bool = True
@@ -56,8 +60,8 @@ class EngineConfig:
             _integer(name, getattr(self, name), 1, MAX_INTEGER)
         for name in ("max_model_len", "num_pages"):
             _integer(name, getattr(self, name), 0, MAX_INTEGER)
-        _integer("num_speculative_tokens", self.num_speculative_tokens, 0, 1)
-        for name in ("deterministic", "return_routed_experts"):
+        _integer("num_speculative_tokens", self.num_speculative_tokens, 0, MAX_DRAFTS)
+        for name in ("adaptive_speculation", "deterministic", "return_routed_experts"):
             _flag(name, getattr(self, name))
         for name, values in (
             ("kv_cache_dtype", ("auto", "fp8", "int6")),
@@ -74,7 +78,9 @@ class EngineConfig:
         """Fill in the zeros for a model and refuse what it cannot do."""
         length = self.max_model_len or max_position_embeddings
         _integer("max_model_len", length, 2, max_position_embeddings)
-        _integer("num_speculative_tokens", self.num_speculative_tokens, 0, num_nextn_predict_layers)
+        _integer(
+            "num_speculative_tokens", self.num_speculative_tokens, 0, MAX_DRAFTS if num_nextn_predict_layers else 0
+        )
         longest = -(-length // self.page_size)
         pages = self.num_pages or self.max_num_seqs * (longest + 1)  # one to grow into, without which none is let in
         if pages < longest:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 
 from benthic.base.errors import BenthicError, DoesNotFit, InputError
-from benthic.inference import routed
+from benthic.inference import drafting, routed
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.grammar import Grammars, Matcher, bitmask
 from benthic.inference.lead import Following, Leading, shared
@@ -74,7 +74,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(c.vocab_size, c.vocab_size if tokenizer is None else tokenizer.vocab_size)
         self.runner: Runner = make_runner(self.replica.model, self.config, self.vocab_size, fused)
-        self.scheduler = Scheduler(self.config)
+        self.drafting = drafting.make(self.config.num_speculative_tokens, self.config.adaptive_speculation)
+        self.scheduler = Scheduler(self.config, self.drafting)
         self.stats = Stats()
         store = self.runner.routed
         self._routing = None if store is None else routed.Routing(store, self.config.page_size)
@@ -210,6 +211,8 @@ class Engine:
             pages = [list(seq.pages) for seq in plan.seqs] if self._routing else []
             gained = self.scheduler.commit(plan, result.tokens)
             self.stats.count(plan, result.tokens, gained)
+            alone = plan.decode if plan.decode == len(plan.seqs) else 0
+            self.drafting.observe(alone, plan.queries - 1, plan.drafts, sum(gained))
             self.stats.preemptions = self.scheduler.preemptions
             for row, (seq, new) in enumerate(zip(plan.seqs, gained)):
                 if not new:

@@ -18,7 +18,7 @@ from benthic.base.errors import InputError
 from benthic.inference.matrices import lay_together, width
 from benthic.inference.share import PlacedMoE, Share, ranks_of
 from benthic.inference.ways import Fastest, Fixed, Ways
-from benthic.kernels import decode_inputs, moe, norm, route
+from benthic.kernels import decode_inputs, latent_store, moe, norm, route, speculate
 from benthic.kernels.latent import Latents
 from benthic.kernels.mla_prefill import merge, mla_prefill
 from benthic.kernels.moe import ExpertWeights
@@ -97,7 +97,7 @@ class Fused:
     def hidden(self, tokens: Tokens, choices: list[Tensor] | None = None) -> Tensor:
         """-> hidden states after the final norm [N, d]. The latents of the tokens are in the cache afterwards, and
         every mixture layer's experts [N, K] int32 in `choices`."""
-        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
+        angles = self.angles(tokens)
         blocks: list[Block] = list(self.model.layers)  # type: ignore[arg-type]
         norms = [block.input_layernorm for block in blocks]
         x = F.embedding(tokens.ids, self.model.embed_tokens.weight)
@@ -112,15 +112,38 @@ class Fused:
         part = self.ways.logits(self.model, hidden)
         return self.model.whole_logits(part) if isinstance(self.model, Share) else part
 
-    def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> Tensor:
-        """hidden [N, d] of the depth before, next_ids [N] -> hidden states of module `depth` [N, d]."""
+    def mtp_hidden(
+        self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int, at: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """hidden [N, d] of the depth before, or rows `at` [N] of it, next_ids [N] -> hidden states of module `depth`
+        [N, d]."""
         module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
-        angles = decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
-        embeds = F.embedding(next_ids, self.model.embed_tokens.weight)
-        both = torch.cat((rms_norm(module.enorm, embeds), rms_norm(module.hnorm, hidden)), -1)
-        x = self.ways.product(both, module.eh_proj)
-        layer, normed = self.model.config.num_hidden_layers + depth, rms_norm(module.block.input_layernorm, x)
+        normed, x = self._mtp_input(module, hidden, next_ids, at)
+        layer, angles = self.model.config.num_hidden_layers + depth, angles or self.angles(tokens)
         return self.block(layer, module.block, normed, x, module.shared_head.norm, tokens, angles)[0]
+
+    def mtp_fill(self, hidden: Tensor, next_ids: Tensor, tokens: Tokens, depth: int) -> None:
+        """Write the latents that `mtp_hidden` would write, and compute nothing else."""
+        module: MTP = self.model.mtp[depth]  # type: ignore[assignment]
+        attn: MLA = module.block.self_attn  # type: ignore[assignment]
+        normed, _ = self._mtp_input(module, hidden, next_ids, None)
+        kv_a, kv_norm = self.ways.product(normed, attn.kv_a_proj_with_mqa), attn.kv_a_layernorm
+        latents = self.cache.layers[self.model.config.num_hidden_layers + depth]
+        latent_store.fill(kv_a, kv_norm.weight, kv_norm.eps, *self.angles(tokens), tokens.slots, latents)
+
+    def _mtp_input(self, module: MTP, hidden: Tensor, next_ids: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The module's residual stream [N, d] and its norm, in the other order."""
+        enorm, hnorm = module.enorm, module.hnorm
+        both = speculate.module_input(
+            self.model.embed_tokens.weight, next_ids, hidden, enorm.weight, hnorm.weight, (enorm.eps, hnorm.eps), at
+        )
+        x = self.ways.product(both, module.eh_proj)  # V3 Eq 21
+        return rms_norm(module.block.input_layernorm, x), x
+
+    def angles(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """cos, sin [N, P/2] float32 of the tokens' positions."""
+        return decode_inputs.angles(tokens.positions, self.frequencies, self.turn)
 
     def block(
         self, layer: int, block: Block, normed: Tensor, x: Tensor, after: RMSNorm, tokens: Tokens,

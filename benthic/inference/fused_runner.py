@@ -1,28 +1,41 @@
 """The runner for a GPU: packed tokens, kernels, CUDA graphs for decode, and results that are fetched a step later.
 
 A step of decode rows alone is two graphs, captured when a size first comes up: one from the step's one copied array to
-logits, one from logits to the next step's tokens where every row takes the likeliest. Everything else runs eagerly.
-The tokens that a step chose stay on the device for the next step (`packed.Feed`), so that the next can be launched
-before they are known here; `launch` returns at once, `collect` waits.
+logits, one from logits to the next step's tokens, all drafts included: at once where every row takes the likeliest, and
+for rows that are sampled once the same rows have run for a while. Everything else runs eagerly. The tokens that a step
+chose stay on the device for the next step (`packed.Feed`), so that the next can be launched before they are known here;
+`launch` returns at once, `collect` waits.
 
 Letters: B decode rows of Q queries, C chunks of prompts, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benthic.base.errors import InputError
+from benthic.inference import ahead, sampler
 from benthic.inference import controls as controls_of
-from benthic.inference import sampler
+from benthic.inference.ahead import Ends
 from benthic.inference.config import EngineConfig
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
-from benthic.inference.packed import Chunks, DecodeRows, Feed, apart, chunk_rows, decode_array, decode_rows, joined
+from benthic.inference.gpu import Cuda
+from benthic.inference.packed import (
+    Chunks,
+    DecodeRows,
+    Feed,
+    apart,
+    chunk_rows,
+    decode_array,
+    decode_rows,
+    joined,
+    width_of,
+)  # fmt: skip
 from benthic.inference.quick import QUICK
 from benthic.inference.request import Seq
 from benthic.inference.routed import RoutedExperts
@@ -30,10 +43,10 @@ from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
 from benthic.inference.share import ranks_of
-from benthic.inference.speculative import accept
+from benthic.kernels.speculate import verify
 from benthic.model.transformer import Transformer
 
-T = TypeVar("T")
+STEADY = 16  # steps after which a graph for the same sampled rows pays
 STAGES = 3  # buffers for the step's array: a copy may still wait while the host fills the next
 
 
@@ -47,8 +60,18 @@ class Chosen:
 
 
 @dataclass
+class Tail:
+    """A graph from `logits` to `chosen`, for rows with these controls."""
+
+    controls: Controls | None
+    graph: Any
+    chosen: Chosen
+
+
+@dataclass
 class Captured:
-    """A graph from `data` [B, Q + 3 + W] to `hidden` [B Q, d] and `logits` [B, Q, V]; `tail` leaves `chosen`."""
+    """A graph from `data` [B, Q + 3 + W] to `hidden` [B Q, d] and `logits` [B Q, V], and its tails: for rows that all
+    take the likeliest (True), and for the last rows that did not."""
 
     data: Tensor
     rows: DecodeRows
@@ -56,8 +79,7 @@ class Captured:
     hidden: Tensor
     logits: Tensor
     graph: Any
-    tail: Any = None
-    chosen: Chosen | None = None
+    tails: dict[bool, Tail] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,34 +89,6 @@ class Pending:
     plan: Plan
     parts: list[Chosen]
     done: Any
-
-
-class Cuda:
-    """What a runner asks of the GPU beside computing."""
-
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise InputError("backend='fused' needs a CUDA GPU, there is none -> use plain or auto")
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def pinned(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory of the host that copies need not wait for."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-
-    def event(self) -> torch.cuda.Event:
-        """Something that happens when all work up to here is done."""
-        event = torch.cuda.Event()
-        event.record()
-        return event
-
-    def graph(self, step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """`step` run once to compile what it needs, then captured: (graph, what replays refill)."""
-        step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may wait for the GPU
-            out = step()
-        return graph, out
 
 
 class FusedRunner:
@@ -110,16 +104,16 @@ class FusedRunner:
         self.forward = Fused(model, self.cache, config.page_size, config.deterministic)
         self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
         self.joined = apart if config.deterministic else joined
-        self.queries = 1 + config.num_speculative_tokens
         rows = config.max_num_seqs
         self.feed = Feed(
-            torch.zeros(rows, self.queries, dtype=torch.int64, device=self.device),
+            torch.zeros(rows, 1 + config.num_speculative_tokens, dtype=torch.int64, device=self.device),
             torch.zeros(rows, dtype=torch.int64, device=self.device),
         )
-        self.graphs: dict[tuple[int, int], Captured] = {}
+        self.graphs: dict[tuple[int, int, int], Captured] = {}  # by B, W, Q
         self.gpu = gpu or Cuda()
         self.staging: list[Tensor] = []
         self.known: tuple[list[Seq], Controls | None] = ([], None)  # of the last decode rows
+        self.steady = 0  # steps that they have run
 
     @torch.inference_mode()
     def launch(self, plan: Plan, bitmask: Tensor | None = None) -> Pending:
@@ -128,10 +122,7 @@ class FusedRunner:
         guided = sum(seq.params.guided for seq in decode)
         cut = () if bitmask is None else (bitmask[:guided], bitmask[guided:])
         masks: list[Tensor | None] = [mask.to(self.device) for mask in cut] or [None, None]
-        if not prompts:
-            parts = [self._replay(plan, masks[0])]
-        else:
-            parts = self._eager(plan, masks)
+        parts = self._eager(plan, masks) if prompts else [self._replay(plan, masks[0])]
         host = [self._to_host(part) for part in parts]
         return Pending(plan, host, self.gpu.event())
 
@@ -149,22 +140,25 @@ class FusedRunner:
     # Decode rows alone
 
     def _replay(self, plan: Plan, mask: Tensor | None) -> Chosen:
-        rows, width = _bucket(plan.decode), _power(max(len(seq.pages) for seq in plan.seqs), 16)
-        rows = min(rows, self.config.max_num_seqs)
-        captured = self.graphs.get((rows, width)) or self._capture(rows, width)
+        rows = min(_bucket(plan.decode), self.config.max_num_seqs)
+        key = rows, _power(width_of(plan), 16), plan.queries
+        captured = self.graphs.get(key) or self._capture(*key)
         self._send(plan, captured.data)
         captured.graph.replay()
         controls = self._controls(plan.seqs)
-        if controls is None:
-            if captured.tail is None:
-                self._capture_tail(captured)
-            captured.tail.replay()  # type: ignore[union-attr]
-            return captured.chosen  # type: ignore[return-value]
-        return self._decode_tail(captured.rows, captured.tokens, captured.hidden, captured.logits, controls, mask)
+        steady = controls is None or (mask is None and self.steady > STEADY)
+        if not steady or plan.drafts != plan.queries - 1:  # a change of drafts is too rare for a graph
+            ends, next_ids = self._decoded(captured.rows, captured.logits, controls, mask, plan.decode, plan.drafts)
+            return self._finish([ends], captured.hidden, next_ids, captured.tokens, plan.drafts)[0]
+        tail = captured.tails.get(controls is None)
+        if tail is None or tail.controls is not controls:
+            tail = self._capture_tail(captured, controls, plan)
+        tail.graph.replay()
+        return tail.chosen
 
     def _send(self, plan: Plan, data: Tensor) -> None:
         rows, columns = data.shape
-        array = torch.from_numpy(decode_array(plan, rows, self.queries, columns - self.queries - 3))
+        array = torch.from_numpy(decode_array(plan, rows, plan.queries, columns - plan.queries - 3))
         if len(self.staging) < STAGES or self.staging[0].numel() < array.numel():
             buffer = self.gpu.pinned((max(array.numel(), 1 << 14),), torch.int64)
             self.staging = [*self.staging[-STAGES + 1 :], buffer]
@@ -174,80 +168,52 @@ class FusedRunner:
         staged.copy_(array)
         data.copy_(staged, non_blocking=True)
 
-    def _capture(self, rows: int, width: int) -> Captured:
-        data = torch.zeros(rows, self.queries + 3 + width, dtype=torch.int64, device=self.device)
-        data[:, self.queries] = -1
+    def _capture(self, rows: int, width: int, queries: int) -> Captured:
+        data = torch.zeros(rows, queries + 3 + width, dtype=torch.int64, device=self.device)
+        data[:, queries] = -1
 
         def step() -> tuple[DecodeRows, Tokens, Tensor, Tensor]:
-            found = decode_rows(data, self.queries, self.feed, self.config.page_size)
+            found = decode_rows(data, queries, self.feed, self.config.page_size)
             tokens = self.joined(found, None)
             hidden = self._hidden(tokens)
-            return found, tokens, hidden, self.forward.logits(hidden).view(rows, self.queries, -1)
+            return found, tokens, hidden, self.forward.logits(hidden)
 
         graph, (found, tokens, hidden, logits) = self.gpu.graph(step)
         captured = Captured(data, found, tokens, hidden, logits, graph)
-        self.graphs[rows, width] = captured
+        self.graphs[rows, width, queries] = captured
         return captured
 
-    def _capture_tail(self, c: Captured) -> None:
+    def _capture_tail(self, c: Captured, controls: Controls | None, plan: Plan) -> Tail:
+        def tail() -> Chosen:
+            ends, next_ids = self._decoded(c.rows, c.logits, controls, None, plan.decode, plan.drafts)
+            return self._finish([ends], c.hidden, next_ids, c.tokens, plan.drafts)[0]
+
         feed = self.feed.ids.clone(), self.feed.gain.clone()  # which warming up overwrites
-        c.tail, c.chosen = self.gpu.graph(lambda: self._decode_tail(c.rows, c.tokens, c.hidden, c.logits, None, None))
+        graph, chosen = self.gpu.graph(tail)
+        c.tails[controls is None] = found = Tail(controls, graph, chosen)
         self.feed.ids.copy_(feed[0])
         self.feed.gain.copy_(feed[1])
+        return found
 
     # Steps with prompts
 
     def _eager(self, plan: Plan, masks: list[Tensor | None]) -> list[Chosen]:
-        chunks, d = chunk_rows(plan, self.config.page_size, self.device), plan.decode
+        chunks, d, parts = chunk_rows(plan, self.config.page_size, self.device), plan.decode, []
         found = None
         if d:
-            width = max(len(seq.pages) for seq in plan.seqs[:d])
-            data = torch.from_numpy(decode_array(plan, d, self.queries, width)).to(self.device)
-            found = decode_rows(data, self.queries, self.feed, self.config.page_size)
+            data = torch.from_numpy(decode_array(plan, d, plan.queries, width_of(plan))).to(self.device)
+            found = decode_rows(data, plan.queries, self.feed, self.config.page_size)
         tokens = self.joined(found, chunks)
         hidden = self._hidden(tokens)
-        n, parts = d * self.queries, []
-        next_ids = chunks.next_ids
+        n = d * plan.queries
         if found is not None:
-            logits = self.forward.logits(hidden[:n]).view(d, self.queries, -1)
-            controls = self._controls(plan.seqs[:d])
-            choice = self._choose(logits, controls, found.first + 1, partial(self._paged, found), masks[0])
-            parts.append((choice, accept(found, choice.tokens), controls))
-            next_ids = torch.cat((choice.tokens.flatten(), next_ids))
-        seqs = plan.seqs[d:]
-        controls = controls_of.build(seqs, self.device)
-        places = chunks.tokens[1][chunks.last] + 1
-        logits = self.forward.logits(hidden[n + chunks.last]).unsqueeze(1)
-        choice = self._choose(logits, controls, places, partial(self._listed, seqs), masks[1])
-        whole = torch.tensor([s + c == seq.fill for seq, s, c in zip(seqs, plan.starts[d:], plan.counts[d:])])
-        at = n + chunks.last
-        next_ids[at] = torch.where(whole.to(self.device), choice.tokens[:, 0], next_ids[at])
-        parts.append((choice, torch.zeros_like(places), controls))
-        return self._drafts(parts, hidden, next_ids, tokens, found, chunks)
+            logits = self.forward.logits(hidden[:n])
+            parts.append(self._decoded(found, logits, self._controls(plan.seqs[:d]), masks[0], d, plan.drafts))
+        parts.append(self._prompted(plan, chunks, hidden[n:], n, masks[1]))
+        next_ids = torch.cat([ids for _, ids in parts])
+        return self._finish([ends for ends, _ in parts], hidden, next_ids, tokens, plan.drafts)
 
-    def _drafts(
-        self, parts: list[tuple[Choice, Tensor, Controls | None]], hidden: Tensor, next_ids: Tensor, tokens: Tokens,
-        found: DecodeRows | None, chunks: Chunks,
-    ) -> list[Chosen]:  # fmt: skip
-        ahead, n = None, 0
-        if self.queries > 1:
-            ahead = self.forward.mtp_hidden(hidden, next_ids, tokens, 0)
-        chosen = []
-        for choice, accepted, controls in parts:
-            if found is not None and not chosen:
-                rows = torch.arange(len(accepted), device=self.device)
-                at, places, n = rows * self.queries + accepted, found.first + 1 + accepted, len(rows) * self.queries
-            else:
-                at, places = n + chunks.last, chunks.tokens[1][chunks.last] + 1
-            drafts = choice.tokens[:, :0]
-            if ahead is not None:
-                drafts = self._propose(self.forward.logits(ahead[at]), controls, places + 1)
-            begin = len(parts[0][1]) if chosen else 0
-            self._keep(begin, choice, accepted, drafts)
-            chosen.append(Chosen(choice, accepted, drafts))
-        return chosen
-
-    # What both share
+    # What both share: rows choose, then all draft
 
     def _hidden(self, tokens: Tokens) -> Tensor:
         self.ids[tokens.slots] = tokens.ids
@@ -260,22 +226,65 @@ class FusedRunner:
 
     def _controls(self, seqs: list[Seq]) -> Controls | None:
         """Of decode rows; the same rows running on need no new copy."""
+        self.steady += 1
         if self.known[0] != seqs:
-            self.known = (list(seqs), controls_of.build(seqs, self.device))
+            self.known, self.steady = (list(seqs), controls_of.build(seqs, self.device)), 0
         return self.known[1]
+
+    def _decoded(
+        self, found: DecodeRows, logits: Tensor, controls: Controls | None, mask: Tensor | None, real: int, drafts: int
+    ) -> tuple[Ends, Tensor]:
+        """The choices of decode rows from logits [B Q, V], and the token after each of their tokens [B Q]. Rows of
+        padding are cut off where rows have controls, which know only the `real` ones."""
+        every, queries = found.ids.shape
+        b = every if controls is None else real
+        first, table = found.first[:b], found.decode.table[:b]
+        own = logits.view(every, queries, -1)[:b]
+        choice = self._choose(own, controls, first + 1, partial(self._paged, found), mask)
+        size = self.config.page_size
+        verified = verify(found.ids[:b], found.counts[:b], choice.tokens, first, table, drafts, size)
+        ends = Ends(choice, verified, table, controls)
+        next_ids = choice.tokens.flatten()
+        return ends, F.pad(next_ids, (0, (every - b) * queries)) if b < every else next_ids
+
+    def _prompted(
+        self, plan: Plan, chunks: Chunks, hidden: Tensor, begin: int, mask: Tensor | None
+    ) -> tuple[Ends, Tensor]:
+        """The same of chunks, whose hidden states are given; `begin` tokens stand before them."""
+        d, seqs = plan.decode, plan.seqs[plan.decode :]
+        controls, position = controls_of.build(seqs, self.device), chunks.tokens[1][chunks.last]
+        logits = self.forward.logits(hidden[chunks.last]).unsqueeze(1)
+        choice = self._choose(logits, controls, position + 1, partial(self._listed, seqs), mask)
+        whole = torch.tensor([s + c == seq.fill for seq, s, c in zip(seqs, plan.starts[d:], plan.counts[d:])])
+        known = chunks.next_ids[chunks.last]
+        last = torch.where(whole.to(self.device), choice.tokens[:, 0], known)
+        next_ids = chunks.next_ids.index_copy(0, chunks.last, last)
+        one, last = torch.ones_like(position), last.unsqueeze(1)
+        verified = verify(last, one, last, position, chunks.table, plan.drafts, self.config.page_size)
+        return Ends(choice, verified._replace(at=begin + chunks.last), chunks.table, controls), next_ids
+
+    def _finish(self, parts: list[Ends], hidden: Tensor, next_ids: Tensor, tokens: Tokens, drafts: int) -> list[Chosen]:
+        """Fill the prediction module's latents, draft, and leave to the next step what it may go on with."""
+        if self.config.num_speculative_tokens:
+            self.forward.mtp_fill(hidden, next_ids, tokens, 0)
+        begin, chosen = 0, []
+        for part in parts:
+            rows = slice(begin, begin + len(part.table))
+            guesses, begin = self.feed.ids[rows, 1 : 1 + drafts], rows.stop
+            self.feed.ids[rows, 0] = part.verified.last
+            self.feed.gain[rows] = part.verified.accepted
+            ahead.draft(self.forward, part, hidden, guesses, self.vocab_size)
+            chosen.append(Chosen(part.choice, part.verified.accepted, guesses))
+        return chosen
 
     def _choose(
         self, logits: Tensor, controls: Controls | None, places: Tensor, history: Callable[[], Tensor],
         mask: Tensor | None,
     ) -> Choice:  # fmt: skip
-        """`history` gives the ids of each row [B, S], asked for only where a row has penalties."""
+        """logits [B, K, V]; `history` gives the ids of each row [B, S], asked for only where a row has penalties."""
         ids = history() if controls is not None and controls.penalties is not None else None
         choice = sampler.choose(logits, controls, places, self.vocab_size, ids, mask, QUICK)
         return choice._replace(tokens=self.ranks.agree(choice.tokens))
-
-    def _propose(self, logits: Tensor, controls: Controls | None, places: Tensor) -> Tensor:
-        """-> drafts [rows, 1]."""
-        return self.ranks.agree(sampler.propose(logits, controls, places, self.vocab_size, QUICK)).unsqueeze(1)
 
     def _paged(self, found: DecodeRows) -> Tensor:
         """The ids of decode rows, drafts included, from the slots of their pages."""
@@ -288,38 +297,12 @@ class FusedRunner:
         longest = max(len(seq.ids) for seq in seqs)
         return torch.tensor([seq.ids + [0] * (longest - len(seq.ids)) for seq in seqs], device=self.device)
 
-    def _decode_tail(
-        self, found: DecodeRows, tokens: Tokens, hidden: Tensor, logits: Tensor, controls: Controls | None,
-        mask: Tensor | None,
-    ) -> Chosen:  # fmt: skip
-        """From logits to the next step's tokens, for decode rows alone; rows of padding are cut off where rows have
-        controls, which know only the real ones."""
-        b = len(logits) if controls is None else len(self.known[0])
-        choice = self._choose(logits[:b], controls, found.first[:b] + 1, partial(self._paged, found), mask)
-        accepted = accept(found, choice.tokens)
-        drafts = choice.tokens[:, :0]
-        if self.queries > 1:
-            next_ids = torch.zeros_like(tokens.ids)
-            next_ids[: b * self.queries] = choice.tokens.flatten()
-            ahead = self.forward.mtp_hidden(hidden, next_ids, tokens, 0)
-            at = torch.arange(b, device=self.device) * self.queries + accepted
-            drafts = self._propose(self.forward.logits(ahead[at]), controls, found.first[:b] + 2 + accepted)
-        self._keep(0, choice, accepted, drafts)
-        return Chosen(choice, accepted, drafts)
-
     def _to_host(self, chosen: Chosen) -> Chosen:
         def copy(tensor: Tensor) -> Tensor:
             return self.gpu.pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
 
         choice = Choice(*(None if t is None else copy(t) for t in chosen.choice))  # type: ignore[arg-type]
         return Chosen(choice, copy(chosen.accepted), copy(chosen.drafts))
-
-    def _keep(self, begin: int, choice: Choice, accepted: Tensor, drafts: Tensor) -> None:
-        """What the next step may go on with."""
-        rows = slice(begin, begin + len(accepted))
-        last = choice.tokens.gather(1, accepted.unsqueeze(1))  # [rows, 1]
-        self.feed.ids[rows] = torch.cat((last, drafts), 1)
-        self.feed.gain[rows] = accepted
 
 
 def _bucket(rows: int) -> int:

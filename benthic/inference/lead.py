@@ -107,7 +107,7 @@ class Leading:
             "do": "launch",
             "gone": gone,
             "rows": [self._row(seq) for seq in plan.seqs],
-            "plan": [plan.counts, plan.starts, plan.sources, plan.decode],
+            "plan": [plan.counts, plan.starts, plan.sources, plan.decode, plan.queries, plan.drafts],
             "mask": mask,
         }
 
@@ -161,13 +161,12 @@ class Following:
     def _launch(self, message: dict[str, Any]) -> None:
         for number in message["gone"]:
             del self._seqs[number]
-        counts, starts, sources, decode = message["plan"]
         mask = None
         if message["mask"]:
             shape, data = message["mask"]
             mask = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.int32).view(shape)
         seqs = [self._seq(*row) for row in message["rows"]]
-        self.runner.launch(Plan(seqs, counts, starts, sources, decode), mask)
+        self.runner.launch(Plan(seqs, *message["plan"]), mask)
 
     def _seq(
         self, number: int, computed: int, fill: int, drafts: list[int], ids: list[int], kept: int, pages: list[int],

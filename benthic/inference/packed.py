@@ -30,6 +30,11 @@ class Feed:
     gain: Tensor
 
 
+def width_of(plan: Plan) -> int:
+    """Columns for the pages of every decode row, and one that is 0: what has no page yet is looked up there."""
+    return 1 + max(len(seq.pages) for seq in plan.seqs[: plan.decode])
+
+
 def decode_array(plan: Plan, rows: int, queries: int, width: int) -> np.ndarray:
     """The decode rows of a plan [rows, Q + 3 + W] int64: ids, source, start, count, pages. Padding counts 0."""
     array = np.zeros((rows, queries + 3 + width), np.int64)
@@ -57,7 +62,7 @@ class DecodeRows:
 
 def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> DecodeRows:
     """Cut the array apart and fill in what the device knows better. Queries that are not real see what is there."""
-    tokens, first, context, table = decode_inputs.rows(data, queries, feed.ids, feed.gain, page_size)
+    tokens, first, context, table = decode_inputs.rows(data, queries, feed.ids[:, :queries], feed.gain, page_size)
     return DecodeRows(
         ids=tokens[0].view(-1, queries),
         counts=data[:, queries + 2],
@@ -70,22 +75,14 @@ def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> Decod
 @dataclass(frozen=True)
 class Chunks:
     """The prefill rows of a step: tokens [3, n] as above, next_ids [n], last [C] the place of each chunk's last token
-    among them, how they attend, and their pages and lengths on the host."""
+    among them, their pages [C, W] int32, how they attend, and their lengths on the host."""
 
     tokens: Tensor
     next_ids: Tensor
     last: Tensor
+    table: Tensor
     prefill: Prefill
-    pages: list[list[int]]
     counts: list[int]
-
-    def table(self) -> Tensor:
-        """The pages of every token's sequence [n, W] int32."""
-        table = np.zeros((len(self.pages), max(map(len, self.pages))), np.int32)
-        for row, pages in zip(table, self.pages):
-            row[: len(pages)] = pages
-        of_token = torch.from_numpy(np.repeat(np.arange(len(table)), self.counts)).to(self.tokens.device)
-        return torch.from_numpy(table).to(self.tokens.device)[of_token]
 
 
 def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
@@ -113,19 +110,22 @@ def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
         for piece in pieces
     ]
     firsts += [np.cumsum([0, *(b - a for a, b in piece)]) for piece in pieces]
-    flat = np.concatenate([np.concatenate(columns, 1).reshape(-1), *held, *firsts]).astype(np.int64)
+    table = np.zeros((len(rows), 1 + max(len(plan.seqs[row].pages) for row in rows)), np.int64)
+    for i, row in enumerate(rows):
+        table[i, : len(plan.seqs[row].pages)] = plan.seqs[row].pages
+    flat = np.concatenate([np.concatenate(columns, 1).reshape(-1), table.reshape(-1), *held, *firsts]).astype(np.int64)
     data = torch.from_numpy(flat).to(device, non_blocking=True)
     n, c = sum(counts), len(counts)
-    sizes = [4 * n, *map(len, held), *[c + 1] * len(firsts)]
-    parts = data.split(sizes)
-    tokens, starts = parts[0].view(4, n), [part.int() for part in parts[1 + len(held) :]]
-    cached = [Piece(slots, first) for slots, first in zip(parts[1 : 1 + len(held)], starts[1:])]
+    sizes = [4 * n, table.size, *map(len, held), *[c + 1] * len(firsts)]
+    own, pages, *parts = data.split(sizes)
+    tokens, starts = own.view(4, n), [part.int() for part in parts[len(held) :]]
+    cached = [Piece(slots, first) for slots, first in zip(parts[: len(held)], starts[1:])]
     return Chunks(
         tokens=tokens[:3],
         next_ids=tokens[3],
-        last=parts[1 + len(held)][1:] - 1,
+        last=parts[len(held)][1:] - 1,
+        table=pages.view(table.shape).int(),
         prefill=Prefill(starts[0], max(counts), cached),
-        pages=[plan.seqs[row].pages for row in rows],
         counts=counts,
     )
 
@@ -156,7 +156,8 @@ def apart(decode: DecodeRows | None, chunks: Chunks | None) -> Tokens:
     if decode is not None:
         tables.append(decode.decode.table.repeat_interleave(decode.decode.queries, 0))
     if chunks is not None:
-        tables.append(chunks.table())
+        of_token = torch.from_numpy(np.repeat(np.arange(len(chunks.table)), chunks.counts))
+        tables.append(chunks.table[of_token.to(chunks.table.device)])
     ids, positions, slots = torch.cat([part.tokens for part in (decode, chunks) if part is not None], 1)
     width = max(table.shape[1] for table in tables)
     table = torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables])

@@ -37,7 +37,7 @@ class Seq:
     params: SamplingParams
     priority: int = 0
     salt: str = ""
-    num_drafts: int = 0  # drafts that each of its decode steps verifies
+    num_drafts: int = 0  # most drafts that one of its steps makes for the next
     min_len: int = 0  # a stop token among ids[:min_len] does not stop
     stop: frozenset[int] = frozenset()
 
@@ -52,6 +52,7 @@ class Seq:
     start: int = 0
     slack: int = 0
     row: int = -1  # its row in the last step
+    made: int = 0  # drafts that it makes there
 
     drafts: list[int] = field(default_factory=list)  # guesses for the tokens after ids[-1]
     logprobs: list[float] = field(default_factory=list)

@@ -103,9 +103,8 @@ class PlainRunner:
         drafts = choice.tokens[:, :0]  # [B, drafts]
         if self.config.num_speculative_tokens:
             ahead = speculative.ahead(self.model, view, rows, hidden, choice.tokens, accepted)  # [B, d]
-            guess = self.model.logits(ahead)
-            places = rows.places + accepted + 1
-            drafts = self.ranks.agree(sampler.propose(guess, rows.controls, places, self.vocab_size)).unsqueeze(1)
+            drafts = speculative.drafts(self.model, self.cache, rows, ahead, accepted, plan.drafts, self.vocab_size)
+            drafts = self.ranks.agree(drafts)
         return plan.seqs, choice, accepted, drafts
 
     def _hidden(self, plan: Plan, rows: batch.Rows, view: CacheView) -> Tensor:

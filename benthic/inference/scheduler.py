@@ -21,6 +21,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from benthic.inference.config import EngineConfig
+from benthic.inference.drafting import Drafting
 from benthic.inference.pages import PagePool
 from benthic.inference.request import FinishReason, Seq
 
@@ -29,9 +30,10 @@ from benthic.inference.request import FinishReason, Seq
 class Plan:
     """Row i computes `counts[i]` tokens of `seqs[i]`, which stand after `starts[i]` computed ones.
 
-    The first `decode` rows decode: a token and its drafts. If `sources[i]` is not -1, the token and the drafts are
-    those that row `sources[i]` of the step before this one chooses, and every draft that it accepts moves the row one
-    position on. The other rows are chunks of prompts; only one that ends at `seq.fill` chooses a token.
+    The first `decode` rows decode: a token and its drafts, `queries` at most. If `sources[i]` is not -1, the token and
+    the drafts are those that row `sources[i]` of the step before this one chooses, and every draft that it accepts
+    moves the row one position on. The other rows are chunks of prompts; only one that ends at `seq.fill` chooses a
+    token. Rows that choose draft `drafts` tokens for the next step.
     """
 
     seqs: list[Seq]
@@ -39,14 +41,16 @@ class Plan:
     starts: list[int]
     sources: list[int]
     decode: int
+    queries: int = 1
+    drafts: int = 0
 
 
 class Scheduler:
-    """Queues of requests and their pages. `config` must be resolved."""
+    """Queues of requests and their pages. `config` must be resolved; `drafting` says how many drafts a step makes."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, drafting: Drafting):
         budget = config.max_num_batched_tokens
-        self.config = config
+        self.config, self.drafting = config, drafting
         self.num_drafts = min(config.num_speculative_tokens, budget - 1)
         self.share = max(1 + self.num_drafts, budget // 4)  # least tokens for prompts while there is one to compute
         self.max_rows = min(config.max_num_seqs, 1 + (budget - self.share) // (1 + self.num_drafts))
@@ -90,10 +94,13 @@ class Scheduler:
         decode = len(seqs)
         self._plan_prefill(seqs, counts)
         sources = [seq.row if seq.start >= len(seq.ids) else -1 for seq in seqs]
-        plan = Plan(seqs, counts, [seq.start for seq in seqs], sources, decode)
+        queries = 1 + max((seq.made for seq in seqs[:decode]), default=0)
+        drafts = self._drafts(seqs, counts, decode)
+        plan = Plan(seqs, counts, [seq.start for seq in seqs], sources, decode, queries, drafts)
         for row, (seq, count) in enumerate(zip(seqs, counts)):
             seq.flying += 1
             seq.row = row
+            seq.made = min(seq.num_drafts, drafts)
             if row < decode:
                 seq.start += 1
                 seq.slack += count - 1
@@ -122,8 +129,11 @@ class Scheduler:
             end = seq.start + seq.slack + 1  # at most so many tokens with the next one
             if seq.start < seq.fill or seq.start + 1 >= seq.max_len:  # in its prompt, or at its end in flight
                 continue
-            count = 1 + max(0, min(seq.num_drafts, seq.max_len - 1 - end))
-            if end + count - 1 > len(seq.pages) * page_size and not self._grow(seq, end + count - 1):
+            count = 1 + max(0, min(seq.made, seq.max_len - 1 - end))
+            room = end + count - 1
+            if count > 1:  # its drafts of drafts, too, lie in slots that the next step computes
+                room = min(room + self.num_drafts - 1, seq.max_len - 1)
+            if room > len(seq.pages) * page_size and not self._grow(seq, room):
                 count = 1  # nobody steps back for a draft
                 while not self._grow(seq, end):
                     if self._flying:
@@ -133,6 +143,12 @@ class Scheduler:
             seqs.append(seq)
             counts.append(count)
         return True
+
+    def _drafts(self, seqs: list[Seq], counts: list[int], decode: int) -> int:
+        """How many the rows that choose a token shall draft."""
+        ends = [seq for row, seq in enumerate(seqs) if row < decode or seq.start + counts[row] == seq.fill]
+        wanted = max((seq.num_drafts for seq in ends), default=0)
+        return min(wanted, self.drafting.depth(decode)) if wanted else 0
 
     def _plan_prefill(self, seqs: list[Seq], counts: list[int]) -> None:
         """Go on with unfinished prompts, then let in waiting requests, by rank, while budget, rows and pages allow."""

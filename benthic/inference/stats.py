@@ -47,6 +47,11 @@ class Stats:
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
+    def acceptance_at(self) -> list[float]:
+        """The same of the first, second, ... draft of a row. One that was right after a wrong one was of no use."""
+        return [right / made for right, made in zip(self.accepted_at, self.drafted_at)]
+
+    @property
     def tokens_per_row(self) -> float:
         """Tokens that one request gains per decode step, 1 without drafts."""
         return self.decode_tokens / self.decode_rows if self.decode_rows else 0.0

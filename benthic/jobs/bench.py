@@ -10,7 +10,7 @@ import torch
 
 from benthic.base.errors import DoesNotFit, InputError
 from benthic.base.log import number, progress
-from benthic.inference.config import EngineConfig, SamplingParams
+from benthic.inference.config import MAX_DRAFTS, EngineConfig, SamplingParams
 from benthic.inference.engine import Engine, Step
 from benthic.inference.request import Request
 from benthic.jobs.config import BenchConfig
@@ -33,7 +33,7 @@ COLUMNS = {
     "ms_per_step": "ms per step",
     "tokens_per_step": "tokens per step and request",
     "peak_memory_gb": "peak memory, GB",
-}
+} | {f"accepted_{i}": f"accepted at depth {i}" for i in range(1, 1 + MAX_DRAFTS)}
 
 
 def run(config: BenchConfig) -> None:
@@ -118,6 +118,7 @@ def _workload(engine: Engine, batch: int, length: int, new: int) -> dict[str, fl
 
 def _decode(engine: Engine, batch: int) -> dict[str, float]:
     """Steps of `batch` rows each, up to the first end of an answer."""
+    drafted = _drafted(engine)
     start, steps, tokens = time.perf_counter(), 0, 0
     step = Step([], [])
     while not step.outputs:
@@ -129,7 +130,18 @@ def _decode(engine: Engine, batch: int) -> dict[str, float]:
         "decode_tokens_per_s": tokens / seconds,
         "ms_per_step": seconds / steps * 1e3,
         "tokens_per_step": tokens / steps / batch,
+        **{
+            f"accepted_{i}": (right - right_before) / max(1, made - made_before)
+            for i, ((made, right), (made_before, right_before)) in enumerate(zip(_drafted(engine), drafted), 1)
+        },
     }
+
+
+def _drafted(engine: Engine) -> list[tuple[int, int]]:
+    """Drafts made and right so far, at each depth that the engine may draft to."""
+    none = [0] * engine.config.num_speculative_tokens
+    made, right = [*engine.stats.drafted_at, *none], [*engine.stats.accepted_at, *none]
+    return list(zip(made, right))[: len(none)]
 
 
 def _on_gpu(engine: Engine) -> bool:
@@ -196,6 +208,7 @@ def _limits(config: BenchConfig, shape: ModelConfig, answer: int) -> EngineConfi
         max_num_seqs=max(config.batch),
         max_model_len=config.input_len + answer,
         num_speculative_tokens=config.num_speculative_tokens,
+        adaptive_speculation=False,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
         enable_prefix_caching=False,

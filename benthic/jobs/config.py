@@ -75,7 +75,7 @@ class BenchConfig:
     output_len: int = 128
     """decode: tokens of each answer."""
     num_speculative_tokens: int = 0
-    """decode: tokens that the model's first multi-token prediction module drafts per step, 0 or 1."""
+    """decode: tokens that the model's first multi-token prediction module drafts per step, 0 to 8."""
     kv_cache_dtype: Literal["auto", "fp8", "int6"] = "auto"
     """How latents are kept: as computed, in 8 bits, or in 6."""
     device: Device = "auto"

@@ -343,7 +343,8 @@ held-out text   {bits["model"]:.3f} bits per byte (gzip -9: {bits["gzip"]:.3f}, 
 expert load     MaxVio {balance["with_bias"]:.2f} (limit {balance["limit"]:g})
 reasoning       pass@1 {before["pass@1"][0]:.3f} -> {after["pass@1"][0]:.3f} by GRPO, \
 pass@8 {before["pass@8"][0]:.3f} -> {after["pass@8"][0]:.3f}, on {rl["problems"]} held-out problems
-MTP drafts      {drafts["acceptance"]:.0%} accepted, {drafts["tokens_per_step"]:.2f} tokens per step
+MTP drafts      {" ".join(f"{share:.0%}" for share in drafts["acceptance_at"])} accepted at depth \
+{" ".join(str(1 + i) for i in range(len(drafts["acceptance_at"])))}, {drafts["tokens_per_step"]:.2f} tokens per step
 
 report          {folder / "report.html"}
 talk to it      benthic chat {folder / "model"}

@@ -14,19 +14,24 @@ from benthic.model.count import cache_elements_per_token, parameters
 from benthic.model.transformer import Transformer
 from benthic.tokenizer.tokenizer import Tokenizer
 
+DRAFTS = 3  # tokens drafted per step
+
 
 def speculation(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-    """Greedy answers with and without MTP drafts: are they the same, and how many drafts were right?"""
+    """Greedy answers with and without MTP drafts: are they the same, and how many drafts were right? `acceptance` is
+    that of first drafts, `acceptance_at` of the first, second and third, which a wrong one before makes wrong."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     longest = max(map(len, prompts)) + max_tokens
     plain = Engine(model, tokenizer, EngineConfig(max_model_len=longest))
-    drafting = Engine(model, tokenizer, EngineConfig(max_model_len=longest, num_speculative_tokens=1))
+    limits = EngineConfig(max_model_len=longest, num_speculative_tokens=DRAFTS, adaptive_speculation=False)
+    drafting = Engine(model, tokenizer, limits)
     expected, got = plain.generate(prompts, params), drafting.generate(prompts, params)
     return {
         "identical": [o.token_ids for o in expected] == [o.token_ids for o in got],
         "requests": len(prompts),
         "tokens": sum(len(o.token_ids) for o in got),
-        "acceptance": drafting.stats.acceptance,
+        "acceptance": drafting.stats.acceptance_at[0] if drafting.stats.drafted else 0.0,
+        "acceptance_at": drafting.stats.acceptance_at,
         "tokens_per_step": drafting.stats.tokens_per_row,
     }
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 @triton.jit
 def _rows(
-    data, feed_ids, feed_gain, tokens, first, context, table, W, Q: tl.constexpr, PAGE: tl.constexpr,
+    data, feed_ids, feed_gain, tokens, first, context, table, W, stride_feed, Q: tl.constexpr, PAGE: tl.constexpr,
     PAD_Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, n, q = tl.program_id(0).to(tl.int64), tl.num_programs(0) * Q, tl.arange(0, PAD_Q)
     data += row * (Q + 3 + W)
     source, start, count = tl.load(data + Q), tl.load(data + Q + 1), tl.load(data + Q + 2)
     before, real = tl.maximum(source, 0), q < Q
-    given, fed = tl.load(data + q, mask=real), tl.load(feed_ids + before * Q + q, mask=real)
+    given, fed = tl.load(data + q, mask=real), tl.load(feed_ids + before * stride_feed + q, mask=real)
     begin = start + tl.where(source < 0, 0, tl.load(feed_gain + before))
     position = begin + q
     page = tl.load(data + Q + 3 + tl.minimum(position // PAGE, W - 1), mask=real)
@@ -40,14 +40,15 @@ def _rows(
 def rows(
     data: Tensor, queries: int, feed_ids: Tensor, feed_gain: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """data [B, Q + 3 + W] int64 contiguous: ids, source, start, count, pages of each row; feed_ids [rows, Q] and
-    feed_gain [rows], int64: what row `source`, unless negative, goes on with and by how much its place moved on.
+    """data [B, Q + 3 + W] int64 contiguous: ids, source, start, count, pages of each row; feed_ids [rows, Q], rows any
+    distance apart, and feed_gain [rows], int64: what row `source`, unless negative, goes on with and by how much its
+    place moved on.
 
     -> (ids, positions and slots [3, B Q] int64, first position [B] int64, context [B] int32, table [B, W] int32).
     Queries from `count` on go to slot 0; a row without any has no context.
     """
     b, w = len(data), data.shape[1] - queries - 3
-    if w < 1 or not data.is_contiguous() or feed_ids.shape[1:] != (queries,) or not feed_ids.is_contiguous():
+    if w < 1 or not data.is_contiguous() or feed_ids.shape[1:] != (queries,) or feed_ids.stride(1) != 1:
         raise ValueError(f"data {tuple(data.shape)}, feed {tuple(feed_ids.shape)} for {queries} queries do not fit")
     if {data.dtype, feed_ids.dtype, feed_gain.dtype} != {torch.int64}:
         raise ValueError(f"data {data.dtype}, feed {feed_ids.dtype}, {feed_gain.dtype} -> use int64")
@@ -56,7 +57,7 @@ def rows(
     table = torch.empty(b, w, dtype=torch.int32, device=data.device)
     if b:
         _rows[(b,)](
-            data, feed_ids, feed_gain, tokens, first, context, table, w, Q=queries, PAGE=page_size,
+            data, feed_ids, feed_gain, tokens, first, context, table, w, feed_ids.stride(0), Q=queries, PAGE=page_size,
             PAD_Q=triton.next_power_of_2(queries), BLOCK=32, num_warps=1,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return tokens, first, context, table

@@ -155,6 +155,15 @@ def store(
     return Stored(q_rope=q_rope, q_latent=q_latent, dense=dense)
 
 
+def fill(
+    kv_a: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents
+) -> None:  # fmt: skip
+    """`store` of the latents alone."""
+    r, n = latents.width, len(kv_a)
+    unused, nothing = kv_a[:, r:].unsqueeze(1), kv_a.new_empty(1, 0, r)  # in place of queries, and of W^UK
+    store(kv_a, weight, eps, unused, cos, sin, slots, latents, nothing, n, absorb=False)
+
+
 def store_ref(
     kv_a: Tensor, weight: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Latents,
     w_uk: Tensor, decoding: int,

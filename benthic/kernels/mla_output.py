@@ -8,8 +8,9 @@ they are combined first. Bytes: H V R of W^UV, 4 S R per token, head and program
 Letters: N tokens, H heads, R latent width, V value width, S stretches.
 """
 
-# What static_range is inside a kernel, its type does not say.
-# pyright: reportGeneralTypeIssues=false
+# What static_range, tuples and reductions are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false
 
 import torch
 import triton

@@ -8,6 +8,10 @@ mla_decode; bound by latency.
 Letters as in mla_decode.
 """
 
+# What static_range, tuples and reductions are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl

@@ -43,8 +43,7 @@ def _combine(
     chain.begin(CHAINED)
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = d < D
-    if NORM:
-        by = tl.load(norm_weight + d, mask=inside, other=0.0).to(tl.float32)
+    by = tl.load(norm_weight + d, mask=inside & NORM, other=0.0).to(tl.float32)
     chain.wait(CHAINED)
     dtype: tl.constexpr = y.dtype.element_ty
     slots: tl.constexpr = K + SHARED

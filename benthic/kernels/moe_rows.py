@@ -9,6 +9,10 @@ of them read, come from L2 after the first. The shared experts begin, because th
 A token's result does not depend on the others. Pairs whose expert is -1 are left out. Letters as in moe_weights.
 """
 
+# What static_range, tuples and reductions are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false
+
 from dataclasses import dataclass
 
 import torch

@@ -181,7 +181,7 @@ def draw_config(rng: random.Random) -> EngineConfig:
         max_num_seqs=rng.choice([2, 4, 8, 8]),
         max_num_batched_tokens=rng.choice([3, 9, 16, 24, 32, 48]),
         max_model_len=LENGTH,
-        num_speculative_tokens=rng.randrange(2),
+        num_speculative_tokens=rng.randrange(4),
         page_size=page_size,
         num_pages=longest + rng.choice([0, 0, 1, 2, longest // 2, 2 * longest]),
         enable_prefix_caching=rng.random() < 0.9,

@@ -64,7 +64,7 @@ MUTANTS = {
     "a page is drafted for another next token": (
         "+ self.lookahead]).tobytes()",
         "]).tobytes()",
-        "a cached prefix was drafted for other tokens",
+        "the module's latents are those of other tokens",
     ),
     "old weights are kept after a reset": ("        self._nodes.clear()\n", "", "a page of other weights can be found"),
     "the root survives a reset": (
@@ -138,11 +138,26 @@ MUTANTS = {
         "",
         "1 pages wanted, 0 free",
     ),
-    "a draft is fed without a page": ("count = 1  # nobody", "pass  # nobody", "a token has no page"),
+    "a draft is fed without a page": ("count = 1  # nobody", "pass  # nobody", "a draft of a draft has no page"),
     "a draft goes past the end": (
-        "min(seq.num_drafts, seq.max_len - 1 - end)",
-        "seq.num_drafts",
+        "min(seq.made, seq.max_len - 1 - end)",
+        "seq.made",
         "a token has no page",
+    ),
+    "a draft is verified that nobody made": (
+        "min(seq.made, seq.max_len - 1 - end)",
+        "min(seq.num_drafts, seq.max_len - 1 - end)",
+        "a row has more queries than there is room for",
+    ),
+    "drafts of drafts get no page": (
+        "min(room + self.num_drafts - 1, seq.max_len - 1)",
+        "room",
+        "a draft of a draft has no page",
+    ),
+    "queries are counted without the first": (
+        "queries = 1 + max((seq.made for",
+        "queries = max((seq.made for",
+        "a row has more queries than there is room for",
     ),
     "tokens after a stop are kept": (
         '            seq.finish_reason = "stop"\n            return count\n',

@@ -1,7 +1,8 @@
 """The fake device of the simulation: memory in which every slot says what it was made from.
 
 A slot holds a number that stands for its latents, made from the number before it, the token and the version of the
-weights. A second array holds those of a drafting module, made from the first and the next token.
+weights. A second array holds those of a drafting module, made from the first and the next token. Where it drafts beyond
+the tokens of its step, it leaves provisional ones.
 """
 
 import random
@@ -13,6 +14,7 @@ from benthic.inference.request import Seq
 
 VOCAB, STOP = 20, 7
 MASK = (1 << 61) - 1
+PROVISIONAL = -2
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -73,8 +75,8 @@ class Device:
         self.settled = [False] * count  # the page's tokens were computed by committed steps
         self.salts = [""] * count  # of the last writer
 
-    def execute(self, life: Life, start: int, count: int, decodes: bool, version: int) -> list[int]:
-        """Read the context of a row, write its latents, and choose: one token more than the drafts accepted."""
+    def execute(self, life: Life, start: int, count: int, decodes: bool, version: int, depth: int) -> list[int]:
+        """Read the context of a row, write its latents, choose one token more than the drafts accepted, and draft."""
         seq = life.seq
         self.compare(self.memory, seq.pages, life.values, "a slot holds other latents than those of its context")
         feed = life.tokens[start : start + count]
@@ -96,26 +98,37 @@ class Device:
             self.write(seq, start + offset, value, after[offset] if offset < len(after) else -1)
         life.values += values[: len(chosen) if decodes else count]
         life.tokens += chosen
-        if chosen:
-            life.drafts = self.guess(life, version)
+        if self.pool.lookahead and depth:
+            drafted = list(map(draft_latent, life.values, life.tokens[1:]))
+            self.compare(self.draft_memory, seq.pages, drafted, "the module's latents are those of other tokens")
+        for position in range(len(life.values), len(life.values) + depth - 1):
+            if position < len(seq.pages) * self.page_size:
+                page = self.own(seq, position)
+                self.draft_memory[page][position % self.page_size] = PROVISIONAL
+        life.drafts = self.guess(life, version, depth)
         return chosen
 
-    def guess(self, life: Life, version: int) -> list[int]:
-        """Three drafts, each right with probability 0.6."""
+    def guess(self, life: Life, version: int, depth: int) -> list[int]:
+        """Each draft is right with probability 0.6."""
         value, drafts = latent(life.values[-1], life.tokens[-1], version), []
-        for _ in range(3):
+        for _ in range(depth):
             drafts.append(likeliest(value) if self.rng.random() < 0.6 else self.rng.randrange(VOCAB))
             value = latent(value, drafts[-1], version)
         return drafts
 
     def write(self, seq: Seq, position: int, value: int, next_token: int) -> None:
-        page, offset = seq.pages[position // self.page_size], position % self.page_size
-        require(self.pool.refs[page] == 1, "a shared page is written")
-        require(self.pool._keys[page] is None, "a findable page is written")
+        page, offset = self.own(seq, position), position % self.page_size
         self.memory[page][offset] = value
         self.draft_memory[page][offset] = draft_latent(value, next_token)
         self.settled[page] = False
         self.salts[page] = seq.salt
+
+    def own(self, seq: Seq, position: int) -> int:
+        """The page of a position, to be written."""
+        page = seq.pages[position // self.page_size]
+        require(self.pool.refs[page] == 1, "a shared page is written")
+        require(self.pool._keys[page] is None, "a findable page is written")
+        return page
 
     def compare(self, memory: list[list[int]], table: list[int], values: list[int], what: str) -> None:
         """The slots of the context must hold `values`."""

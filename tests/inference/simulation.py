@@ -23,9 +23,24 @@ class Flight:
     pages: list[list[int]]
 
 
+class Moods:
+    """As many drafts as there may be, or now some and then none."""
+
+    def __init__(self, seed: int, drafts: int):
+        self.rng, self.drafts = random.Random(f"moods {seed}"), drafts
+        self.odds, self.now = self.rng.choice([0, 0.1, 0.5]), drafts
+
+    def depth(self, rows: int) -> int:
+        if self.rng.random() < self.odds:
+            self.now = self.rng.choice([0, self.drafts, self.rng.randint(0, self.drafts)])
+        return self.now
+
+    def observe(self, rows: int, verified: int, made: int, tokens: int) -> None: ...
+
+
 @dataclass
 class Limits:
-    """An EngineConfig that may draft more than one token."""
+    """What the scheduler reads of an EngineConfig."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -60,7 +75,7 @@ class World:
         self.load = self.rng.choice([0.15, 0.3, 0.6])
         self.longest = self.rng.choice([3, self.limits.max_model_len])  # prompt
         self.resets = self.rng.choice([0, 0.005])
-        self.scheduler = scheduler_class(self.limits)
+        self.scheduler = scheduler_class(self.limits, Moods(seed, self.limits.num_speculative_tokens))
         self.pool = self.scheduler.pool
         self.device = Device(self.rng, self.pool)
         self.given_at = [0] * (1 + self.limits.num_pages)  # when the page lost its last holder
@@ -213,7 +228,7 @@ class World:
         device.compare(device.memory, seq.pages, life.values, "a cached prefix is not what a cold run writes")
         if self.limits.num_speculative_tokens:
             drafted = list(map(draft_latent, life.values, seq.ids[1:]))
-            device.compare(device.draft_memory, seq.pages, drafted, "a cached prefix was drafted for other tokens")
+            device.compare(device.draft_memory, seq.pages, drafted, "the module's latents are those of other tokens")
         self.hits += known
 
     def _taken(self, taken: list[int], cached: dict[int, pages.Key]) -> None:
@@ -234,6 +249,12 @@ class World:
         require(total <= limits.max_num_batched_tokens, "the budget is exceeded")
         require(len(s.running) <= limits.max_num_seqs, "more requests run than max_num_seqs")
         require(min(plan.counts) > 0, "a row does not advance")
+        require(
+            max(plan.counts[: plan.decode], default=1) <= plan.queries, "a row has more queries than there is room for"
+        )
+        for seq, count in zip(plan.seqs[: plan.decode], plan.counts):
+            reach = min(seq.start + seq.slack + s.num_drafts - 1, seq.max_len - 1)
+            require(count == 1 or reach <= len(seq.pages) * limits.page_size, "a draft of a draft has no page")
         planned = [seq.request_id for seq in plan.seqs]
         require(len(set(planned)) == len(planned), "a request is planned twice")
         ended = {i for i in self.ready if len(self.lives[i].tokens) >= self.lives[i].seq.max_len}
@@ -273,7 +294,7 @@ class World:
             require(start == len(life.values), "a row starts elsewhere than its latents end")
             require(row >= plan.decode or start == len(life.tokens) - 1, "a prompt decodes")
             require(start + count <= min(seq.max_len, len(seq.pages) * self.limits.page_size), "a token has no page")
-            chosen.append(self.device.execute(life, start, count, row < plan.decode, self.version))
+            chosen.append(self.device.execute(life, start, count, row < plan.decode, self.version, plan.drafts))
             used.append(seq.pages[: -(-(start + count) // self.limits.page_size)])
         return Flight(plan, chosen, used)
 
@@ -358,5 +379,5 @@ class World:
             "something is in flight that is not",
         )
         for seq in s.running:
-            most = pool.needed(max(seq.fill, seq.start + seq.slack + 1 + 2 * seq.num_drafts))
+            most = pool.needed(max(seq.fill, seq.start + seq.slack + 1 + 3 * seq.num_drafts))
             require(len(seq.pages) <= most or self.lives[seq.request_id].failed, "more pages are held than used")

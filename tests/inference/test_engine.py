@@ -85,7 +85,7 @@ def test_random_arrivals_and_aborts_change_no_answer(model, prompts):
         assert len(engine.scheduler.pool.free) == CROWDED.num_pages
 
 
-@pytest.mark.parametrize("speculative", [0, 1])
+@pytest.mark.parametrize("speculative", [0, 1, 3])
 def test_what_is_not_owned_is_never_read(model, prompts, speculative):
     """Every slot outside running requests' tokens and cached pages holds NaN before each step, and nothing changes."""
     config = EngineConfig(num_speculative_tokens=speculative, max_model_len=72, page_size=4, num_pages=60)

@@ -112,7 +112,9 @@ def test_one_stop_string_is_a_list_of_one_and_params_can_be_keys():
         ("page_size", 1.5),
         ("max_model_len", -1),
         ("num_pages", -1),
-        ("num_speculative_tokens", 2),
+        ("num_speculative_tokens", 9),
+        ("num_speculative_tokens", -1),
+        ("adaptive_speculation", 1),
     ],
 )
 def test_engine_config_refuses_by_name_and_value(field, value):

@@ -3,6 +3,7 @@ that run ahead. Graphs are CUDA's on a GPU; elsewhere a stand-in runs the step a
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from benthic.inference import fused_runner
 from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.engine import Engine
 from benthic.inference.request import Request
+from benthic.model.transformer import Transformer
 
 LONG = pytest.mark.skipif(False, reason="") if torch.cuda.is_available() else pytest.mark.long  # in the interpreter
 GREEDY = SamplingParams(max_tokens=9, temperature=0)
@@ -72,6 +74,15 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(2, 61, (n,), generator=generator).tolist() for n in lengths]
 
 
+def bend(model: Transformer) -> None:
+    """Let the next token follow mostly from the last, in the module too, so that drafts are often right."""
+    with torch.no_grad():
+        d = model.config.hidden_size
+        model.lm_head.weight.copy_(2 * model.embed_tokens.weight.roll(1, 0))
+        model.embed_tokens.weight.mul_(5)
+        model.mtp[0].eh_proj.weight.copy_(torch.cat((torch.eye(d), torch.zeros(d, d)), 1))
+
+
 def same(plain: Engine, fused: Engine, asked: list[list[int]], params) -> None:
     for a, b in zip(plain.generate(asked, params), fused.generate(asked, params), strict=True):
         assert a.token_ids == b.token_ids
@@ -94,7 +105,7 @@ def test_greedy_answers_are_those_of_the_plain_engine(config, budget, device) ->
 
 
 @LONG
-@pytest.mark.parametrize("drafts", [0, 1])
+@pytest.mark.parametrize("drafts", [0, 1, 3])
 def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) -> None:
     plain, fused = engines(V3, device, num_speculative_tokens=drafts)
     params = [
@@ -107,11 +118,58 @@ def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) ->
 
 
 @LONG
-def test_drafts_change_no_answer_and_are_verified(device) -> None:
+def test_sampled_rows_that_run_on_together_answer_from_a_graph_as_without(device, monkeypatch) -> None:
+    monkeypatch.setattr(fused_runner, "STEADY", 1)
     plain, fused = engines(V3, device, num_speculative_tokens=1)
-    same(plain, fused, prompts(5, 21, 33), GREEDY)
-    assert fused.stats.drafted > 0
-    assert fused.stats.accepted == plain.stats.accepted
+    bend(plain.model)
+    params = [
+        SamplingParams(max_tokens=8, seed=1, repetition_penalty=1.3, top_p=0.9),
+        SamplingParams(max_tokens=5, seed=2, temperature=0.7, top_k=20, logit_bias={3: 1.0}),
+        SamplingParams(max_tokens=8, temperature=0),
+    ]
+    same(plain, fused, prompts(9, 8, 4), params)
+    tails = [tail for captured in fused.runner.graphs.values() for tail in captured.tails.values()]
+    assert any(tail.controls is not None for tail in tails)
+
+
+@LONG
+@pytest.mark.parametrize("drafts", [1, 2])
+@pytest.mark.parametrize("budget", [8192, 20], ids=["whole prompts", "chunks"])
+def test_drafts_change_no_answer_and_are_verified(drafts, budget, device) -> None:
+    plain, fused = engines(V3, device, num_speculative_tokens=drafts, max_num_batched_tokens=budget)
+    without, _ = engines(V3, device)
+    for engine in (plain, without):  # the first two share their model
+        bend(engine.model)
+    asked = prompts(5, 21)
+    same(plain, fused, asked, GREEDY)
+    assert 0 < fused.stats.accepted < fused.stats.drafted
+    assert fused.stats.accepted_at[-1] > 0
+    answers = [output.token_ids for output in plain.generate(asked, GREEDY)]
+    assert [output.token_ids for output in without.generate(asked, GREEDY)] == answers
+
+
+@LONG
+def test_drafts_of_drafts_are_the_plain_ones(device) -> None:
+    """Up to the end of the last page (what has none is guessed badly), and through steps that draft nothing but fill
+    the module all the same."""
+    engines_ = engines(V3, device, num_speculative_tokens=3)
+    found: list[list[list[int]]] = []
+    for engine in engines_:
+        engine.runner.ahead = 0
+        depths = iter([3, 3, 0, 3, 3, 0, 0, 3, 3] * 9)
+        engine.drafting = engine.scheduler.drafting = SimpleNamespace(
+            depth=lambda rows, depths=depths: next(depths), observe=lambda *step: None
+        )
+        for prompt in prompts(5, 13):
+            engine.add(Request(prompt_token_ids=prompt, params=dataclasses.replace(GREEDY, max_tokens=12)))
+        found.append([])
+        while engine.busy:
+            engine.step()
+            for seq in engine.scheduler.running:
+                room = len(seq.pages) * engine.config.page_size - (len(seq.ids) - 2)
+                found[-1].append(seq.drafts[: max(1, room)])
+    assert found[0] == found[1]
+    assert max(map(len, found[0])) == 3
 
 
 @LONG

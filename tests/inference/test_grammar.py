@@ -219,7 +219,7 @@ def test_the_engine_keeps_every_form_beside_free_rows_and_drafts(model, tokenize
         for i in range(15)
     ]
     prompts = [[7 + i, 8, 9] for i in range(15)]
-    engine = Engine(model, tokenizer, EngineConfig(num_speculative_tokens=1, max_model_len=40, **limits))
+    engine = Engine(model, tokenizer, EngineConfig(num_speculative_tokens=2, max_model_len=40, **limits))
     engine._grammars = grammars
     outputs = engine.generate(prompts, params)
     assert engine.stats.preemptions > 0 or not limits
@@ -238,7 +238,7 @@ def test_the_engine_keeps_every_form_beside_free_rows_and_drafts(model, tokenize
 def test_stop_strings_end_answers_with_drafts_as_without(model, tokenizer):
     params = [SamplingParams(max_tokens=60, seed=i, stop=("e", "12"), logprobs=1) for i in range(20)]
     prompts = [[7 + i, 8, 9] for i in range(20)]
-    engines = [Engine(model, tokenizer, EngineConfig(num_speculative_tokens=k)) for k in (0, 1)]
+    engines = [Engine(model, tokenizer, EngineConfig(num_speculative_tokens=k)) for k in (0, 3)]
     one, two = (engine.generate(prompts, params) for engine in engines)
     assert [(o.token_ids, o.text, o.finish_reason) for o in one] == [
         (o.token_ids, o.text, o.finish_reason) for o in two
