@@ -29,14 +29,14 @@ MOST = 64  # tokens; of more, kernels are long, and programs that wait take the 
 def begin(CHAINED: tl.constexpr):
     """The next kernel may come onto the chip as soon as all programs have been here."""
     if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
 def wait(CHAINED: tl.constexpr):
     """Until the kernel before has ended and what it wrote can be seen. Costs nothing the second time."""
     if CHAINED:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def options(x: Tensor) -> dict[str, bool]:

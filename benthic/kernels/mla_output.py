@@ -8,8 +8,9 @@ they are combined first. Bytes: H V R of W^UV, 4 S R per token, head and program
 Letters: N tokens, H heads, R latent width, V value width, S stretches.
 """
 
-# What static_range is inside a kernel, its type does not say.
-# pyright: reportGeneralTypeIssues=false
+# What static_range and constexpr are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch
 import triton

@@ -8,6 +8,10 @@ mla_decode; bound by latency.
 Letters as in mla_decode.
 """
 
+# What static_range and constexpr are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -9,6 +9,9 @@ of them read, come from L2 after the first. The shared experts begin, because th
 A token's result does not depend on the others. Letters as in moe_weights.
 """
 
+# What static_range is inside a kernel, its type does not say.
+# pyright: reportGeneralTypeIssues=false
+
 from dataclasses import dataclass
 
 import torch

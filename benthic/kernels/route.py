@@ -13,6 +13,10 @@ Bytes: weight + 4 N d elements; a few microseconds, bound by launches and latenc
 Letters: N tokens, d hidden, E routed experts, K chosen, G groups.
 """
 
+# What static_range and constexpr are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
 from dataclasses import dataclass
 from typing import Literal
 
