@@ -182,11 +182,12 @@ def add_norm_logits(
         return normed, total, logits
     norm.check(x, residual, norm_weight)
     normed, total = (torch.empty(n, d, dtype=x.dtype, device=x.device) for _ in range(2))
+    wider = min(triton.next_power_of_2(triton.cdiv(d, 2048)), 4)  # 4 for V2 and V3: a row stays in registers
     if n:
         _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
             x, residual, norm_weight, weight, normed, total, logits, eps, x.stride(0), residual.stride(0),
-            D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)),
-            num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block * wider, triton.next_power_of_2(d)),
+            num_warps=t.num_warps * wider, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return normed, total, logits
 
