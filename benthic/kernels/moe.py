@@ -64,7 +64,7 @@ def _combine(
     if NORM:
         value = rounded.to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-        tl.store(normed + token * D + d, (value * scale * by).to(dtype), mask=inside)
+        tl.store(normed + token * D + d, (value * scale * by).to(dtype), mask=inside)  # pyright: ignore
 
 
 def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:

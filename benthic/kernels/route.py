@@ -13,9 +13,15 @@ Bytes: weight + 4 N d elements; a few microseconds, bound by launches and latenc
 Letters: N tokens, d hidden, E routed experts, K chosen, G groups.
 """
 
+<<<<<<< HEAD
 # What static_range, tuples and reductions are inside a kernel, their types do not say.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false
+=======
+# What static_range and constexpr are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+>>>>>>> 5577d8454a0c680eff6b7c2a1ec229ba76e6f4c1
 
 from dataclasses import dataclass
 from typing import Literal
@@ -186,11 +192,12 @@ def add_norm_logits(
         return normed, total, logits
     norm.check(x, residual, norm_weight)
     normed, total = (torch.empty(n, d, dtype=x.dtype, device=x.device) for _ in range(2))
+    wider = min(triton.next_power_of_2(triton.cdiv(d, 2048)), 4)  # 4 for V2 and V3: a row stays in registers
     if n:
         _logits_of_rows[n, triton.cdiv(e, t.rows_experts)](
             x, residual, norm_weight, weight, normed, total, logits, eps, x.stride(0), residual.stride(0),
-            D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block, triton.next_power_of_2(d)),
-            num_warps=t.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            D=d, E=e, BLOCK_E=t.rows_experts, BLOCK_D=min(t.rows_block * wider, triton.next_power_of_2(d)),
+            num_warps=t.num_warps * wider, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return normed, total, logits
 

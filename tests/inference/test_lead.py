@@ -61,7 +61,7 @@ def led(model, config: EngineConfig) -> tuple[Engine, Following, list[Any], list
     def seen(plan: Plan, mask: torch.Tensor | None = None) -> None:
         theirs.append(state(plan, mask))
 
-    engine.runner = Leading(SimpleNamespace(launch=launch, collect=true.collect, cache=true.cache, ahead=0), share)  # type: ignore[arg-type]
+    engine.runner = Leading(SimpleNamespace(launch=launch, collect=true.collect, cache=true.cache, ahead=0, routed=None), share)  # type: ignore[arg-type]
     return engine, Following(SimpleNamespace(launch=seen, cache=None, ahead=0), share), ours, theirs  # type: ignore[arg-type]
 
 
