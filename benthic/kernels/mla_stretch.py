@@ -8,15 +8,9 @@ mla_decode; bound by latency.
 Letters as in mla_decode.
 """
 
-<<<<<<< HEAD
-# What static_range, tuples and reductions are inside a kernel, their types do not say.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportArgumentType=false
-=======
 # What static_range and constexpr are inside a kernel, their types do not say.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
->>>>>>> 5577d8454a0c680eff6b7c2a1ec229ba76e6f4c1
 
 import torch
 import triton

@@ -9,14 +9,8 @@ of them read, come from L2 after the first. The shared experts begin, because th
 A token's result does not depend on the others. Pairs whose expert is -1 are left out. Letters as in moe_weights.
 """
 
-<<<<<<< HEAD
-# What static_range, tuples and reductions are inside a kernel, their types do not say.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportArgumentType=false
-=======
 # What static_range is inside a kernel, its type does not say.
 # pyright: reportGeneralTypeIssues=false
->>>>>>> 5577d8454a0c680eff6b7c2a1ec229ba76e6f4c1
 
 from dataclasses import dataclass
 

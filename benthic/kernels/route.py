@@ -13,15 +13,9 @@ Bytes: weight + 4 N d elements; a few microseconds, bound by launches and latenc
 Letters: N tokens, d hidden, E routed experts, K chosen, G groups.
 """
 
-<<<<<<< HEAD
-# What static_range, tuples and reductions are inside a kernel, their types do not say.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportArgumentType=false
-=======
 # What static_range and constexpr are inside a kernel, their types do not say.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
->>>>>>> 5577d8454a0c680eff6b7c2a1ec229ba76e6f4c1
 
 from dataclasses import dataclass
 from typing import Literal

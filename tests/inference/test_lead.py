@@ -61,8 +61,10 @@ def led(model, config: EngineConfig) -> tuple[Engine, Following, list[Any], list
     def seen(plan: Plan, mask: torch.Tensor | None = None) -> None:
         theirs.append(state(plan, mask))
 
-    engine.runner = Leading(SimpleNamespace(launch=launch, collect=true.collect, cache=true.cache, ahead=0, routed=None), share)  # type: ignore[arg-type]
-    return engine, Following(SimpleNamespace(launch=seen, cache=None, ahead=0), share), ours, theirs  # type: ignore[arg-type]
+    stub = SimpleNamespace(launch=launch, collect=true.collect, cache=true.cache, ahead=0, routed=None)
+    engine.runner = Leading(stub, share)  # type: ignore[arg-type]
+    other = Following(SimpleNamespace(launch=seen, cache=None, ahead=0, routed=None), share)  # type: ignore[arg-type]
+    return engine, other, ours, theirs
 
 
 @pytest.mark.parametrize("drafts", [0, 1])
