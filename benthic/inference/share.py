@@ -189,7 +189,7 @@ class ShareOf(hf.Whole):
         """Rank 0 reads for all what is read only to be checked."""
         return self.ranks.rank == 0
 
-    def empty(self, config: ModelConfig, device: str, dtype: torch.dtype, *, fp8: bool) -> Share:
+    def empty(self, config: ModelConfig, device: str, dtype: torch.dtype, *, fp8: bool = False) -> Share:
         if fp8:
             raise ValueError("blocks of FP8 weights do not fall on the borders of shares")
         with torch.device("meta"):

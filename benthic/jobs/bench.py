@@ -63,8 +63,9 @@ def run(config: BenchConfig) -> None:
     print(json.dumps(facts | {"rows": rows}, indent=2) if config.json else table(facts, rows))
 
 
-def measured(engine: Engine, batch: int, length: int, new: int) -> dict[str, float]:
-    """`batch` random prompts of `length` tokens, `new` greedy tokens each, run twice: the second time counts.
+def measured(engine: Engine, batch: int, length: int, new: int, *, alike: bool = False) -> dict[str, float]:
+    """`batch` random prompts of `length` tokens, `new` greedy tokens each, run twice: the second time counts. `alike`:
+    the same prompt in all rows.
 
     The first compiles kernels and captures graphs. `new` = 1 measures prompts only. The engine must not cache prefixes.
     """
@@ -73,8 +74,9 @@ def measured(engine: Engine, batch: int, length: int, new: int) -> dict[str, flo
     needed, there = cache_pages(batch, length, new, engine.config.page_size), engine.config.num_pages
     if needed > there:
         raise DoesNotFit(f"batch={batch} needs {needed} cache pages, there are {there} -> lower batch or lengths")
-    _workload(engine, batch, length, new)
-    found = _workload(engine, batch, length, new)
+    prompts = random_prompts(engine.vocab_size, batch, length, alike=alike)
+    _workload(engine, prompts, new)
+    found = _workload(engine, prompts, new)
     memory = torch.cuda.max_memory_reserved() / 1e9 if _on_gpu(engine) else peak_memory_gb()
     return found | {"peak_memory_gb": memory}
 
@@ -85,16 +87,22 @@ def cache_pages(batch: int, length: int, new: int, page_size: int) -> int:
     return batch * max(-(-(length + new) // page_size), 1 + -(-length // page_size))
 
 
-def _workload(engine: Engine, batch: int, length: int, new: int) -> dict[str, float]:
+def random_prompts(vocab_size: int, batch: int, length: int, *, alike: bool = False) -> list[list[int]]:
+    """Prompts of random tokens, the same ones for the same numbers."""
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(0, vocab_size, (batch, length), generator=generator)
+    return (ids[:1].expand(batch, -1) if alike else ids).tolist()
+
+
+def _workload(engine: Engine, prompts: list[list[int]], new: int) -> dict[str, float]:
     """Prompts: until each request has its first token. Answers: from then until the first one ends, so that every step
     that counts has all the rows."""
-    generator = torch.Generator().manual_seed(batch)
-    ids = torch.randint(0, engine.vocab_size, (batch, length), generator=generator).tolist()
+    batch, length = len(prompts), len(prompts[0])
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
     if _on_gpu(engine):
         torch.cuda.synchronize()
     start = time.perf_counter()
-    requests = [engine.add(Request(prompt_token_ids=prompt, params=params)) for prompt in ids]
+    requests = [engine.add(Request(prompt_token_ids=prompt, params=params)) for prompt in prompts]
     waiting, ended = set(requests), False
     while waiting:
         step = engine.step()

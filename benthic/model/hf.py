@@ -159,7 +159,7 @@ class Whole:
     whole = True
     checks = True  # whether it reads what is read only to be checked
 
-    def empty(self, config: ModelConfig, device: str, dtype: torch.dtype, *, fp8: bool) -> Transformer:
+    def empty(self, config: ModelConfig, device: str, dtype: torch.dtype, *, fp8: bool = False) -> Transformer:
         """The model with uninitialised weights, in FP8 blocks what can be."""
         return empty(config, device, dtype, fp8=fp8)
 
