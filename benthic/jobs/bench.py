@@ -84,7 +84,7 @@ def measured(engine: Engine, batch: int, length: int, new: int, *, alike: bool =
 def cache_pages(batch: int, length: int, new: int, page_size: int) -> int:
     """Cache pages with which all requests run at once: the scheduler lets a prompt in only where one page more is left
     for each of the others."""
-    return batch * max(-(-(length + new) // page_size), 1 + -(-length // page_size))
+    return batch * (1 + -(-(length + new) // page_size))
 
 
 def random_prompts(vocab_size: int, batch: int, length: int, *, alike: bool = False) -> list[list[int]]:

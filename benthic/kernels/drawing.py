@@ -53,8 +53,7 @@ def _cut(
                 i = start + tl.arange(0, BLOCK)
                 rank, weight = _amounts(row, i, V, top, heat, COUNT, HOT)
                 sums += tl.where((rank < edge) | ((rank == edge) & (i <= last)), weight, 0)
-            target = tl.ceil(limit * tl.sum(sums, 0).to(tl.float64)).to(tl.int64)
-            target = tl.maximum(target, 1)
+            target = tl.maximum(tl.ceil(limit * tl.sum(sums, 0).to(tl.float64)).to(tl.int64), 1)
         low, under = edge * 0, target * 0  # all ranks before low are kept, and weigh so much
         shift = edge * 0 + 30
         while shift >= 0:

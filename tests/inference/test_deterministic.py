@@ -125,7 +125,7 @@ def test_company_chunks_and_drafts_change_no_bit_on_kernels(built) -> None:
     ids=["whole prompts", "chunks", "short of pages", "6 bits"],
 )
 def test_company_changes_no_bit_on_kernels(built, name, settings) -> None:
-    engine = check_on_kernels(built(name), 3, 20, 14, **settings)
+    engine = check_on_kernels(built(name), 3, 14, 24, **settings)
     assert (engine.stats.preemptions > 0) == ("num_pages" in settings)
 
 

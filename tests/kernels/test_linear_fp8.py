@@ -53,7 +53,8 @@ def test_every_block_is_multiplied_by_its_own_factor(way: Rows | Tiles, n: int, 
     x = wide[:, :d]
     quantised = isinstance(way, Tiles)
     found, expected = linear(x, weight, factors, way=way), linear_ref(x, weight, factors, quantised=quantised)
-    assert error(found, expected) < 1e-5
+    # Hopper's tensor cores keep fewer bits of sums of FP8 products than float32 has.
+    assert error(found, expected) < (3e-4 if quantised and device == "cuda" else 1e-5)
     assert error(found, linear_ref(x, weight, factors, quantised=False)) < (5e-2 if quantised else 1e-5)
     if factors.numel() > 1:
         assert error(linear(x, weight, factors.flip(0).flip(1).contiguous(), way=way), expected) > 5e-2
