@@ -24,7 +24,7 @@ from benthic.inference.ahead import Ends
 from benthic.inference.config import EngineConfig
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
-from benthic.inference.gpu import Cuda
+from benthic.inference.gpu import Cuda, Staging
 from benthic.inference.packed import (
     Chunks,
     DecodeRows,
@@ -47,7 +47,7 @@ from benthic.kernels.speculate import verify
 from benthic.model.transformer import Transformer
 
 STEADY = 16  # steps after which a graph for the same sampled rows pays
-STAGES = 3  # buffers for the step's array: a copy may still wait while the host fills the next
+STAGES = 6  # arrays under way: two of each step, of the one that runs, the next, and the one that is planned
 
 
 @dataclass
@@ -111,7 +111,7 @@ class FusedRunner:
         )
         self.graphs: dict[tuple[int, int, int], Captured] = {}  # by B, W, Q
         self.gpu = gpu or Cuda()
-        self.staging: list[Tensor] = []
+        self.staging = Staging(self.gpu, self.device, STAGES)
         self.known: tuple[list[Seq], Controls | None] = ([], None)  # of the last decode rows
         self.steady = 0  # steps that they have run
 
@@ -143,7 +143,8 @@ class FusedRunner:
         rows = min(_bucket(plan.decode), self.config.max_num_seqs)
         key = rows, _power(width_of(plan), 16), plan.queries
         captured = self.graphs.get(key) or self._capture(*key)
-        self._send(plan, captured.data)
+        columns = captured.data.shape[1] - plan.queries - 3
+        self.staging.send(decode_array(plan, rows, plan.queries, columns), captured.data)
         captured.graph.replay()
         controls = self._controls(plan.seqs)
         steady = controls is None or (mask is None and self.steady > STEADY)
@@ -155,18 +156,6 @@ class FusedRunner:
             tail = self._capture_tail(captured, controls, plan)
         tail.graph.replay()
         return tail.chosen
-
-    def _send(self, plan: Plan, data: Tensor) -> None:
-        rows, columns = data.shape
-        array = torch.from_numpy(decode_array(plan, rows, plan.queries, columns - plan.queries - 3))
-        if len(self.staging) < STAGES or self.staging[0].numel() < array.numel():
-            buffer = self.gpu.pinned((max(array.numel(), 1 << 14),), torch.int64)
-            self.staging = [*self.staging[-STAGES + 1 :], buffer]
-        else:
-            self.staging = [*self.staging[1:], self.staging[0]]
-        staged = self.staging[-1][: array.numel()].view(rows, columns)
-        staged.copy_(array)
-        data.copy_(staged, non_blocking=True)
 
     def _capture(self, rows: int, width: int, queries: int) -> Captured:
         data = torch.zeros(rows, queries + 3 + width, dtype=torch.int64, device=self.device)
@@ -198,10 +187,10 @@ class FusedRunner:
     # Steps with prompts
 
     def _eager(self, plan: Plan, masks: list[Tensor | None]) -> list[Chosen]:
-        chunks, d, parts = chunk_rows(plan, self.config.page_size, self.device), plan.decode, []
+        chunks, d, parts = chunk_rows(plan, self.config.page_size, self.staging.send), plan.decode, []
         found = None
         if d:
-            data = torch.from_numpy(decode_array(plan, d, plan.queries, width_of(plan))).to(self.device)
+            data = self.staging.send(decode_array(plan, d, plan.queries, width_of(plan)))
             found = decode_rows(data, plan.queries, self.feed, self.config.page_size)
         tokens = self.joined(found, chunks)
         hidden = self._hidden(tokens)

@@ -1,8 +1,9 @@
 """What a runner asks of a GPU beside computing: memory that copies need not wait for, events, graphs."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,3 +38,30 @@ class Cuda:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may wait for the GPU
             out = step()
         return graph, out
+
+
+class Pinning(Protocol):
+    """What `Staging` needs of a GPU."""
+
+    def pinned(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+class Staging:
+    """Sends arrays to the device without waiting for it. A copy from ordinary memory would wait for all steps before;
+    these wait in pinned memory, each in one of `count` buffers: so many may be under way."""
+
+    def __init__(self, gpu: Pinning, device: torch.device, count: int):
+        self.gpu, self.device = gpu, device
+        self.buffers = [torch.empty(0, dtype=torch.int64)] * count
+
+    def send(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        """An int64 array, in `into` or a tensor of its own."""
+        oldest, *others = self.buffers
+        if oldest.numel() < array.size:
+            oldest = self.gpu.pinned((1 << max(14, (array.size - 1).bit_length()),), torch.int64)
+        self.buffers = [*others, oldest]
+        staged = oldest[: array.size].view(array.shape)
+        staged.copy_(torch.from_numpy(array))
+        if into is None:
+            into = torch.empty(array.shape, dtype=torch.int64, device=self.device)
+        return into.copy_(staged, non_blocking=True)

@@ -7,6 +7,7 @@ its tokens are taken from `Feed`, and its place moves on by the drafts that were
 Letters: B decode rows, Q queries of each, W pages per row, N tokens, R rows in all, C chunks of prompts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +86,9 @@ class Chunks:
     counts: list[int]
 
 
-def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
-    """Lay out the chunks of prompts: one array, one copy. Their contexts come in pieces of at most PIECE tokens."""
+def chunk_rows(plan: Plan, page_size: int, send: Callable[[np.ndarray], Tensor]) -> Chunks:
+    """Lay out the chunks of prompts: one array, which `send` copies to the device. Their contexts come in pieces of at
+    most PIECE tokens."""
     rows = range(plan.decode, len(plan.seqs))
     counts = [plan.counts[row] for row in rows]
     columns, firsts = [], [np.cumsum([0, *counts])]
@@ -114,7 +116,7 @@ def chunk_rows(plan: Plan, page_size: int, device: torch.device) -> Chunks:
     for i, row in enumerate(rows):
         table[i, : len(plan.seqs[row].pages)] = plan.seqs[row].pages
     flat = np.concatenate([np.concatenate(columns, 1).reshape(-1), table.reshape(-1), *held, *firsts]).astype(np.int64)
-    data = torch.from_numpy(flat).to(device, non_blocking=True)
+    data = send(flat)
     n, c = sum(counts), len(counts)
     sizes = [4 * n, table.size, *map(len, held), *[c + 1] * len(firsts)]
     own, pages, *parts = data.split(sizes)
