@@ -148,7 +148,8 @@ def variants(base: Tiles, format: str) -> Iterator[Tiles]:
     """Ways to cut the work, around those that the wrapper chose."""
     few = base.block_m < 64
     shapes = [  # block_n, swap, num_warps, num_stages
-        *([(64, True, 4, 2), (64, True, 8, 2), (32, False, 4, 2), (64, False, 4, 2), (64, False, 4, 3)] if few else []),
+        *([(64, True, 4, 2), (64, True, 8, 2), (64, True, 8, 3)] if few else []),
+        *([(32, False, 4, 2), (64, False, 4, 2), (64, False, 4, 3)] if few else []),
         (32, False, 4, 3), (64, False, 8, 2), (64, False, 8, 3), (32, False, 8, 3), (32, False, 8, 2),
     ]  # fmt: skip
     for block_n, swap, num_warps, num_stages in shapes:
@@ -192,9 +193,6 @@ def main() -> None:
         for format in given.format:
             problem = Problem(case, format)
             base = problem.chosen()
-            tried = (
-                [problem.row(tiles, given.repeats) for tiles in {base, *variants(base, format)}] if given.sweep else []
-            )
             ways = dict.fromkeys([base, *variants(base, format)] if given.sweep else [base])
             tried = [problem.row(tiles, given.repeats) for tiles in ways]
             for row in sorted(tried, key=lambda row: -(row["us"] or float("inf"))):

@@ -260,9 +260,12 @@ def choose_tiles(latents: Latents, rows: int, pairs: int, page_size: int, longes
         return Tiles(block_m=block_m, block_n=block_n, splits=splits, swap=False, parts=4, num_warps=4, num_stages=2)
     enough = 10 * blocks >= 9 * processors  # a second stretch per row would not pay for its combining
     splits = 1 if enough else min(triton.cdiv(processors, blocks), triton.cdiv(longest, 2 * block_n))
+    swap = not wide and block_n == 64
+    # codes leave shared memory before they are worked on: with two stages, no load would be under way meanwhile
+    deep = quantised and swap and block_m == 16 and longest > 2 * splits * block_n
     return Tiles(
-        block_m=block_m, block_n=block_n, splits=splits, swap=not wide and block_n == 64, parts=1,
-        num_warps=8 if wide or quantised else 4, num_stages=2,
+        block_m=block_m, block_n=block_n, splits=splits, swap=swap, parts=1,
+        num_warps=8 if wide or quantised else 4, num_stages=3 if deep else 2,
     )  # fmt: skip
 
 

@@ -27,11 +27,15 @@ def tiles(splits: int = 1, swap: bool = False, parts: int = 1):
 
 
 def problem(
-    format: str, context: list[int], queries: int, heads: int, device: str, width: int = 64, page: int = PAGE
-) -> dict[str, object]:
-    """Rows with pages in random order; every slot that no row owns is NaN, as are the table's entries past a row."""
+    format: str, context: list[int], queries: int, heads: int, device: str, width: int = 64, page: int = PAGE,
+    dtype: torch.dtype | None = None, sizes: tuple[float, ...] = (1.0,),
+) -> dict[str, object]:  # fmt: skip
+    """Rows with pages in random order; every slot that no row owns is NaN, as are the table's entries past a row.
+
+    Latents of a row's tokens are as large as `sizes`, in turn.
+    """
     generator = torch.Generator().manual_seed(sum(context) + queries + heads)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -47,7 +51,8 @@ def problem(
         table[row, : len(pages)] = pages
         position = torch.arange(length)
         slots = pages[position // page].long() * page + position % page
-        latents.write(slots, normal(length, width).to(dtype), normal(length, P).to(dtype))
+        size = torch.tensor(sizes)[position % len(sizes), None]
+        latents.write(slots, (normal(length, width) * size).to(dtype), normal(length, P).to(dtype))
     n = len(context) * queries
     on = {
         "c_kv": latents.c_kv.to(device), "k_rope": latents.k_rope.to(device),
@@ -63,7 +68,7 @@ def problem(
 
 def close(got: Tensor, expected: Tensor) -> None:
     assert got.isfinite().all()
-    limit = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
+    limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[got.dtype]
     assert (got.float() - expected.float()).norm() <= limit * expected.float().norm()
 
 
@@ -88,6 +93,23 @@ def test_wide_rows_and_tiles_that_share_a_page(format, device) -> None:
     expected = mla_decode.mla_decode_ref(**given)
     for swap, parts in [(False, 1), (True, 2), (False, 4)]:
         close(mla_decode.mla_decode(**given, tiles=tiles(2, swap, parts)), expected)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int6"])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("sizes", [(0.0,), (0.01,), (1000.0,), (0.0, 1.0, 1e-3, 3.0), (1e-4, 0.0, 3.0)])
+def test_numbers_of_half_precision_hold_rows_of_any_size_and_outliers_in_queries(format, swap, sizes, device) -> None:
+    """The restored tile and the weights are float16: neither may overflow, nor lose the small beside the large."""
+    given = problem(format, [37, 20], 2, 5, device, width=128, dtype=torch.float16, sizes=sizes)
+    given["q_latent"][:, 1] *= 1e-3
+    given["q_latent"][0, 0, 3] = 60000.0
+    given["q_latent"][2, 3] = 0.0
+    for splits in (1, 2):
+        got = mla_decode.mla_decode(**given, tiles=tiles(splits, swap))
+        expected = mla_decode.mla_decode_ref(**given)
+        assert got.isfinite().all()
+        for head in range(5):  # each head alone: an outlier's answer must not hide another's
+            close(got[head], expected[head])
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -151,6 +173,13 @@ def test_many_rows_are_not_split_and_few_are_but_not_into_less_than_a_tile() -> 
     assert mla_decode.choose_tiles(latents, 8, 16, 64, 4096).splits == 17
     assert mla_decode.choose_tiles(latents, 32, 16, 64, 512).splits == 4  # two tiles each
     assert mla_decode.choose_tiles(latents, 1, 16, 64, 1024).splits == 16
+
+
+def test_codes_of_many_tiles_are_loaded_two_tiles_ahead() -> None:
+    for format in ("fp8", "int6"):
+        latents = empty_latents(format, 64, 64, P, torch.bfloat16, "cpu")
+        assert mla_decode.choose_tiles(latents, 128, 16, 64, 1088).num_stages == 3
+        assert mla_decode.choose_tiles(latents, 1, 16, 64, 1088).num_stages == 2  # two tiles in all
 
 
 def test_no_row_is_no_launch(device) -> None:
