@@ -1,16 +1,19 @@
 """A linear layer with FP8 weights, in the way that fits the number of tokens.
 
-Up to four: a program per token and a few rows of the weights, which are read once; activations stay as they are and
-take the factors of the weights' blocks. More: activations become E4M3 too, per token and block of 128 columns, and
-products stay in FP8; per block of 128 summed columns the partial sum of the tensor cores, times the factors of both
-sides, joins the float32 total (V3 Sec 3.3.2). The weights' rows are the tall side of the products, so that 16 tokens
-fill the flat one. Thousands: the library's product of the same numbers. Bytes: the matrix, half those of BF16;
-memory-bound until about 500 tokens.
+Up to four: a program for a few rows of the weights, which it fetches while the kernel before still runs (chain.py);
+activations stay as they are and take the factors of the weights' blocks. More: activations become E4M3 too, per token
+and block of 128 columns, and products stay in FP8; per block of 128 summed columns the partial sum of the tensor cores,
+times the factors of both sides, joins the float32 total (V3 Sec 3.3.2). The weights' rows are the tall side of the
+products, so that 16 tokens fill the flat one. Thousands: the library's product of the same numbers. Bytes: the matrix,
+half those of BF16; memory-bound until about 500 tokens.
 
 Sums run in an order fixed by the block sizes; tokens do not see each other.
 
 Letters: N tokens, d inputs, M outputs.
 """
+
+# What static_range and tuples are inside a kernel, their types do not say.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
 
@@ -21,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
+from benthic.kernels import chain
+from benthic.kernels.gemv import fetch, fetch_vector, tiles_of
 from benthic.kernels.moe_fp8 import quantise
 from benthic.kernels.quant import BLOCK, dequantise_blocks, dequantise_rows, quantise_rows
 
@@ -30,21 +35,24 @@ MANY = 1_400_000  # elements of the product from which the library's is faster
 
 @triton.jit
 def _rows(
-    x, weight, factors, out, stride_x, M, D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_M
-    m, of_rows = first + tl.arange(0, BLOCK_M), factors + first // 128 * tl.cdiv(D, 128)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, D, CHUNK):
-        d = start + tl.arange(0, CHUNK)
-        at = weight + m.to(tl.int64)[:, None] * D + d[None, :]
-        w = tl.load(at, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        row = tl.load(x + token * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        block = start // 128 + tl.arange(0, CHUNK // 128)
-        factor = tl.load(of_rows + block, mask=block * 128 < D, other=0.0)
-        row = tl.reshape(tl.reshape(row, [CHUNK // 128, 128]) * factor[:, None], [CHUNK])
-        total += tl.sum(w * row[None, :], 1)
-    tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
+    """BLOCK rows, which share their factors, times every token; the weights are fetched before the tokens are there."""
+    chain.begin(CHAINED)
+    first = tl.program_id(0) * BLOCK
+    m, of_rows = first + tl.arange(0, BLOCK), factors + first // 128 * tl.cdiv(D, 128)
+    tiles = fetch(weight + m.to(tl.int64) * D, m < M, D, D, CHUNK)
+    chain.wait(CHAINED)
+    for token in range(N):
+        total = tl.zeros([BLOCK, CHUNK], tl.float32)
+        for start in tl.static_range(0, D, CHUNK):
+            d = start + tl.arange(0, CHUNK)
+            inside = tl.broadcast_to((d < D)[None, :], BLOCK, CHUNK)
+            factor = tl.load(tl.broadcast_to((of_rows + d // 128)[None, :], BLOCK, CHUNK), mask=inside, other=0.0)
+            column = fetch_vector(x + token * stride_x, D, start, BLOCK, CHUNK) * factor
+            total += tiles[start // CHUNK].to(tl.float32) * column
+        tl.store(out + token * M + m, tl.sum(total, 1).to(out.dtype.element_ty), mask=m < M)
 
 
 @triton.jit
@@ -78,19 +86,18 @@ def _tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Block sizes: rows of the weights (a divisor of 128), columns per step."""
+    """Numbers in a tile, at most 16,384: 16 bytes per thread."""
 
-    block: int = 8
-    chunk: int = 2048
+    tile: int = 2048
     num_warps: int = 4
 
     def product(self, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
         """x [N, d], rows contiguous in themselves -> x W^T [N, M]."""
-        (n, d), m = x.shape, len(weight)
+        (n, d), m, tiles = x.shape, len(weight), tiles_of(x.shape[1], self.tile)
         out = torch.empty(n, m, dtype=x.dtype, device=x.device)
-        _rows[n, triton.cdiv(m, self.block)](
-            x, weight, factors, out, x.stride(0), m, D=d, BLOCK_M=self.block,  # pyright: ignore
-            CHUNK=max(BLOCK, min(self.chunk, triton.next_power_of_2(d))), num_warps=self.num_warps,  # pyright: ignore
+        _rows[(triton.cdiv(m, tiles["BLOCK"]),)](
+            x, weight, factors, out, x.stride(0), n, m, D=d, **tiles, num_warps=self.num_warps,  # pyright: ignore
+            **chain.options(x),
         )  # fmt: skip
         return out
 
@@ -145,7 +152,7 @@ def choose(x: Tensor, weight: Tensor) -> Rows | Tiles | Library:
     the chip; the rows of large ones are the tall side until the tokens can be."""
     n, m = len(x), len(weight)
     if n <= FEW:
-        return Rows(block=4 if n == 1 else 8)
+        return Rows()
     if n * m >= MANY and n > 64 and takes(x, weight):
         return Library()
     if n <= 64 and m <= 4096:
