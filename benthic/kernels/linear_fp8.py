@@ -86,9 +86,9 @@ def _tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Numbers in a tile, at most 16,384: 16 bytes per thread."""
+    """Numbers in a tile, at most 16,384: 8 bytes per thread, because their factors take registers too."""
 
-    tile: int = 2048
+    tile: int = 1024
     num_warps: int = 4
 
     def product(self, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
