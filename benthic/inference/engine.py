@@ -285,6 +285,7 @@ class Engine:
             logprobs=seq.logprobs,
             text=self._text(seq, self._forget(seq)),
             finish_reason=seq.finish_reason,
+            num_cached_tokens=max(0, seq.cached_tokens),
             top_logprobs=seq.tops,
             routed_experts=self._routing.take(seq) if self._routing else None,
         )

@@ -93,6 +93,8 @@ class Output:
     logprobs: list[float]
     text: str  # "" without a tokenizer
     finish_reason: FinishReason
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose latents were found computed."""
     top_logprobs: list[Top] = field(default_factory=list)
     """Per answer token the `params.logprobs` likeliest; [] where none are asked for."""
     routed_experts: "np.ndarray | None" = field(default=None, compare=False, repr=False)

@@ -180,6 +180,13 @@ def test_cached_prefixes_change_no_answer(model, prompts):
     assert cached.stats.prefill_tokens < plain.stats.prefill_tokens * 2 * 0.6
 
 
+def test_outputs_say_how_much_of_their_prompt_was_cached(model, prompts):
+    engine = Engine(model, None, EngineConfig(page_size=4))
+    for tokens, expected in ((17, 0), (17, 16), (16, 12), (3, 0)):  # whole pages; a token is left to compute
+        (output,) = engine.generate([max(prompts, key=len)[:tokens]], SamplingParams(max_tokens=2))
+        assert output.num_cached_tokens == expected
+
+
 def test_samples_after_the_first_compute_little_of_their_prompt(model, prompts):
     engine = Engine(model, None, EngineConfig(page_size=4, max_num_batched_tokens=40))
     longest = max(prompts, key=len)
