@@ -121,6 +121,7 @@ def _experts_and_sum(
     normed = out if norm_weight is None else torch.empty_like(out)
     if n == 0:
         return normed, out
+    part = 128 if tiles is None and n <= 16 else 512  # numbers per warp; given tiles let nothing follow from n
     tiles = tiles or choose_tiles(n, k, of or len(weights.down_proj), weights.down_proj.dtype)
     place, shared = None, None
     if isinstance(tiles, Sorted | Fp8Sorted):
@@ -133,7 +134,7 @@ def _experts_and_sum(
         x if residual is None else residual, y if norm_weight is None else norm_weight, out, normed, eps,
         0 if residual is None else residual.stride(0), D=d, K=k, SHARED=weights.n_shared > 0,
         PLACED=place is not None, SOME=of > 0, ADD=residual is not None, NORM=norm_weight is not None, BLOCK=block,
-        num_warps=min(max(block // (512 if n > 16 else 128), 1), 16),  # pyright: ignore[reportCallIssue]
+        num_warps=min(max(block // part, 1), 16),  # pyright: ignore[reportCallIssue]
         **chain.options(x),
     )  # fmt: skip
     return normed, out

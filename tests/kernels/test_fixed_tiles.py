@@ -96,3 +96,23 @@ def test_experts_give_a_token_the_same_bits_in_any_company(device) -> None:
     assert torch.equal(visit(order), whole[order])
     ways = {moe.choose_tiles(rows, 6, 64, torch.bfloat16) for rows in (1, 32, 256, 512, 8192)}
     assert len(ways) > 3  # the negative control
+
+
+def test_the_sum_over_experts_is_cut_alike_for_any_number_of_tokens(device, monkeypatch) -> None:
+    """The interpreter has no warps whose sums could differ, so what is asked for is looked at."""
+    d, warps = 2048, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *_, num_warps, **__: warps.append(num_warps)
+
+    monkeypatch.setattr(moe, "_combine", Spy())
+    for way in (moe.Rows, moe.Tiles):
+        monkeypatch.setattr(way, "outputs", lambda self, x, weights, ids: x.new_empty(len(x), ids.shape[1], d))
+    weights = ExpertWeights(gate_up_proj=random(device, 4, 32, d), down_proj=random(device, 4, d, 16))
+    for tiles in (moe.fixed_tiles(dtype(device)), None):
+        for n in (1, 40):
+            ids, share = torch.zeros(n, 2, dtype=torch.int32, device=device), torch.ones(n, 2, device=device)
+            moe.moe(random(device, n, d), weights, ids, share, tiles=tiles)
+    assert warps[0] == warps[1]
+    assert warps[2] != warps[3]  # the negative control
