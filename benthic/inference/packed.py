@@ -75,8 +75,9 @@ def decode_rows(data: Tensor, queries: int, feed: Feed, page_size: int) -> Decod
 
 @dataclass(frozen=True)
 class Chunks:
-    """The prefill rows of a step: tokens [3, n] as above, next_ids [n], last [C] the place of each chunk's last token
-    among them, their pages [C, W] int32, how they attend, and their lengths on the host."""
+    """The prefill rows of a step: tokens [3, n] as above, next_ids [n], -1 where the model is to say it, last [C] the
+    place of each chunk's last token among them, their pages [C, W] int32, how they attend, and their lengths on the
+    host."""
 
     tokens: Tensor
     next_ids: Tensor
@@ -102,7 +103,7 @@ def chunk_rows(plan: Plan, page_size: int, send: Callable[[np.ndarray], Tensor])
                     np.array(seq.ids[start : start + count]),
                     positions,
                     _slots(seq.pages, start, start + count, page_size),
-                    np.array(after + [0] * (count - len(after))),
+                    np.array(after + [-1] * (count - len(after))),
                 )
             )
         )

@@ -1,6 +1,6 @@
 """A linear layer with FP8 weights, in the way that fits the number of tokens.
 
-Up to four: a program for a few rows of the weights, which it fetches while the kernel before still runs (chain.py);
+One or two: a program for a few rows of the weights, which it fetches while the kernel before still runs (chain.py);
 activations stay as they are and take the factors of the weights' blocks. More: activations become E4M3 too, per token
 and block of 128 columns, and products stay in FP8; per block of 128 summed columns the partial sum of the tensor cores,
 times the factors of both sides, joins the float32 total (V3 Sec 3.3.2). The weights' rows are the tall side of the
@@ -29,23 +29,30 @@ from benthic.kernels.gemv import fetch, fetch_factors, times_blocks
 from benthic.kernels.moe_fp8 import quantise
 from benthic.kernels.quant import BLOCK, dequantise_blocks, dequantise_rows, quantise_rows
 
-FEW = 4  # tokens up to which the weights are better read row by row
+FEW = 2  # tokens up to which the weights are better read row by row
 MANY = 1_400_000  # elements of the product from which the library's is faster
 
 
 @triton.jit
-def _rows(x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
-    """BLOCK rows, which share their factors, times every token; weights and factors are fetched before the tokens are
-    there."""
+def _rows(
+    x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows, which share their factors, times every token. PART columns of weights, as many as the threads hold,
+    and their factors are fetched before the tokens are there."""
     chain.begin(CHAINED)
     first = tl.program_id(0) * BLOCK
     m = first + tl.arange(0, BLOCK)
-    tiles = fetch(weight + m.to(tl.int64) * D, m < M, D, D, 128)
-    each = fetch_factors(factors + first // 128 * tl.cdiv(D, 128), D, D)
+    rows, inside, factors = weight + m.to(tl.int64) * D, m < M, factors + first // 128 * tl.cdiv(D, 128)
+    tiles, each = fetch(rows, inside, D, PART, 128), fetch_factors(factors, D, PART)
     chain.wait(CHAINED)
     for token in range(N):
-        total = times_blocks(tiles, each, x + token * stride_x, D, D, BLOCK)
-        tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
+        total = times_blocks(tiles, each, x + token * stride_x, D, PART, BLOCK)
+        for begin in range(PART, D, PART):
+            others, theirs = fetch(rows + begin, inside, D - begin, PART, 128), factors + begin // 128
+            theirs = fetch_factors(theirs, D - begin, PART)
+            total += times_blocks(others, theirs, x + token * stride_x + begin, D - begin, PART, BLOCK)
+        tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,10 +86,12 @@ def _tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of a program, a divisor of 128. All their loads are under way at once, 8 bytes per thread and load."""
+    """Rows of a program, a divisor of 128, and columns whose loads are all under way at once, 8 bytes per thread and
+    load."""
 
-    block: int = 4
-    num_warps: int = 2
+    block: int = 16
+    part: int = 2048
+    num_warps: int = 8
 
     def product(self, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
         """x [N, d], rows contiguous in themselves -> x W^T [N, M]."""
@@ -90,6 +99,7 @@ class Rows:
         out = torch.empty(n, m, dtype=x.dtype, device=x.device)
         _rows[(triton.cdiv(m, self.block),)](
             x, weight, factors, out, x.stride(0), n, m, D=d, BLOCK=self.block,  # pyright: ignore
+            PART=min(self.part, -(-d // BLOCK) * BLOCK),
             num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return out

@@ -103,11 +103,13 @@ def _down(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Numbers in a tile: 16 bytes per thread in 16 bits, 8 in FP8, whose tiles are 128 wide. Small programs, several
-    waves of them, keep over 100 KB of loads in flight on every multiprocessor."""
+    """Numbers in a tile of either product, and its warps: 16 bytes per thread in 16 bits, 8 in FP8, whose tiles are 128
+    wide. Small programs, several waves of them, keep over 100 KB of loads in flight on every multiprocessor."""
 
-    tile: int = 1024
-    num_warps: int = 4
+    up_tile: int = 1024
+    up_warps: int = 4
+    down_tile: int = 512
+    down_warps: int = 2
 
     def outputs(self, x: Tensor, weights: ExpertWeights, topk_ids: Tensor) -> Tensor:
         """Unweighted outputs [N, K + 1, d] of each token's experts, the shared ones together in the last place; without
@@ -116,19 +118,20 @@ class Rows:
         slots = k + (s > 0)
         h = torch.empty(n, k + s, i, dtype=x.dtype, device=x.device)
         y = torch.empty(n, slots, d, dtype=x.dtype, device=x.device)
-        up, down = self.tiles(d, weights.fp8), self.tiles(i, weights.fp8)
+        up, down = tiles_of(d, self.up_tile, weights.fp8), tiles_of(i, self.down_tile, weights.fp8)
         _up[n, triton.cdiv(i, up["BLOCK"]), k + s](
             x, topk_ids, h, *weights.up_arguments(), x.stride(0),  # pyright: ignore[reportCallIssue]
             D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, **up,
-            num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            num_warps=self.up_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         _down[n, triton.cdiv(d, down["BLOCK"]), slots](
             h, topk_ids, y, *weights.down_arguments(), D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, SLOTS=slots, **down,
-            num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            num_warps=self.down_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return y
 
-    def tiles(self, width: int, fp8: bool) -> dict[str, int]:
-        """Rows of `width` as tiles of BLOCK x CHUNK. In FP8 a block of 128 rows and columns shares its factor, and none
-        of its rows may lie in another's program."""
-        return {"BLOCK": min(self.tile // 128, 128), "CHUNK": 128} if fp8 else gemv.tiles_of(width, self.tile)
+
+def tiles_of(width: int, tile: int, fp8: bool) -> dict[str, int]:
+    """Rows of `width` as tiles of BLOCK x CHUNK. In FP8 a block of 128 rows and columns shares its factor, so that
+    programs must not cross one."""
+    return {"BLOCK": min(tile // 128, 128), "CHUNK": 128} if fp8 else gemv.tiles_of(width, tile)

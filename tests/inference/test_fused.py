@@ -220,7 +220,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks: the interpreter's time goes by programs."""
     few, many = linear_fp8.Rows(block=128), linear_fp8.Tiles(block_m=128, block_n=32)
-    rows, tiles, own = moe.Rows(tile=1 << 17), moe.Fp8Tiles(), moe.choose_tiles
+    rows, tiles, own = moe.Rows(up_tile=1 << 17, down_tile=1 << 17), moe.Fp8Tiles(), moe.choose_tiles
     monkeypatch.setattr(linear_fp8, "choose", lambda x, weight: few if len(x) <= 4 else many)
     monkeypatch.setattr(
         moe, "choose_tiles", lambda n, k, e, dtype: own(n, k, e, dtype) if dtype != FP8 else rows if n <= 4 else tiles
