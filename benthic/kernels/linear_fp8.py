@@ -87,11 +87,12 @@ def _tiles(
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Rows of a program, a divisor of 128, and columns whose loads are all under way at once, 8 bytes per thread and
-    load."""
+    load. With at most `maxnreg` registers per thread, spilling some, more programs fetch before they wait."""
 
-    block: int = 16
+    block: int = 8
     part: int = 2048
-    num_warps: int = 8
+    num_warps: int = 4
+    maxnreg: int = 128
 
     def product(self, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
         """x [N, d], rows contiguous in themselves -> x W^T [N, M]."""
@@ -100,7 +101,7 @@ class Rows:
         _rows[(triton.cdiv(m, self.block),)](
             x, weight, factors, out, x.stride(0), n, m, D=d, BLOCK=self.block,  # pyright: ignore
             PART=min(self.part, -(-d // BLOCK) * BLOCK),
-            num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
+            num_warps=self.num_warps, maxnreg=self.maxnreg, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return out
 
