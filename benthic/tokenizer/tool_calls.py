@@ -10,7 +10,7 @@ next mark makes up for; what has no proper beginning is content.
 """
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from benthic.base.errors import InputError
 from benthic.tokenizer.templates import TEMPLATES
@@ -26,7 +26,8 @@ _FENCE = "```"
 _MOST_SPACE = 64  # characters between calls
 
 
-class ToolPiece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ToolPiece:
     """Text of the answer, or of call number `index` its name, whole and first, or further text of its arguments."""
 
     content: str = ""
