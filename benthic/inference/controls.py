@@ -7,7 +7,8 @@ Letters: B rows of the step, P shaped rows (all but those that just take the lik
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,33 @@ def build(seqs: Sequence[Seq], device: torch.device | str) -> Controls | None:
         reported=column(reported) if reported else None,
         reports=max((p.logprobs for p in every), default=0),
     )
+
+
+def form(controls: Any) -> Any:
+    """All that is not a number on the device: two controls of one form run the same kernels on the same shapes."""
+    if isinstance(controls, Tensor):
+        return tuple(controls.shape), controls.dtype
+    if is_dataclass(controls):
+        return tuple(form(getattr(controls, f.name)) for f in fields(controls))
+    return controls
+
+
+def copied(controls: Any) -> Any:
+    """The same in tensors of its own."""
+    if isinstance(controls, Tensor):
+        return controls.clone()
+    if is_dataclass(controls) and not isinstance(controls, type):
+        return replace(controls, **{f.name: copied(getattr(controls, f.name)) for f in fields(controls)})
+    return controls
+
+
+def refill(controls: Any, other: Any) -> None:
+    """Put the numbers of `other`, of the same form, into the tensors of `controls`."""
+    if isinstance(controls, Tensor):
+        controls.copy_(other)
+    elif is_dataclass(controls):
+        for f in fields(controls):
+            refill(getattr(controls, f.name), getattr(other, f.name))
 
 
 def penalised(params: SamplingParams) -> bool:

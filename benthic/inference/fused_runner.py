@@ -2,7 +2,7 @@
 
 A step of decode rows alone is two graphs, captured when a size first comes up: one from the step's one copied array to
 logits, one from logits to the next step's tokens, all drafts included: at once where every row takes the likeliest, and
-for rows that are sampled once the same rows have run for a while. Everything else runs eagerly. The tokens that a step
+for rows that are sampled once such rows have run for a while. Everything else runs eagerly. The tokens that a step
 chose stay on the device for the next step (`packed.Feed`), so that the next can be launched before they are known here;
 `launch` returns at once, `collect` waits.
 
@@ -48,7 +48,8 @@ from benthic.inference.share import ranks_of
 from benthic.kernels.speculate import verify
 from benthic.model.transformer import Transformer
 
-STEADY = 16  # steps after which a graph for the same sampled rows pays
+STEADY = 16  # steps after which a graph for rows that are sampled in a new way pays
+TAILS = 16  # such graphs of one decode size
 STAGES = 9  # arrays under way: three of each step, of the one that runs, the next, and the one that is planned
 
 
@@ -63,17 +64,19 @@ class Chosen:
 
 @dataclass
 class Tail:
-    """A graph from `logits` to `chosen`, for rows with these controls."""
+    """A graph from `logits` to `chosen` for rows with controls of one form. It reads them in `controls`, which holds
+    those of `held` at present."""
 
     controls: Controls | None
     graph: Any
     chosen: Chosen
+    held: Controls | None
 
 
 @dataclass
 class Captured:
-    """A graph from `data` [B, Q + 3 + W] to `hidden` [B Q, d] and `logits` [B Q, V], and its tails: for rows that all
-    take the likeliest (True), and for the last rows that did not."""
+    """A graph from `data` [B, Q + 3 + W] to `hidden` [B Q, d] and `logits` [B Q, V], and its tails, by how many rows
+    are real and the form of their controls."""
 
     data: Tensor
     rows: DecodeRows
@@ -81,7 +84,7 @@ class Captured:
     hidden: Tensor
     logits: Tensor
     graph: Any
-    tails: dict[bool, Tail] = field(default_factory=dict)
+    tails: dict[Any, Tail] = field(default_factory=dict)
 
 
 @dataclass
@@ -151,15 +154,26 @@ class FusedRunner:
         self.staging.send(decode_array(plan, rows, plan.queries, columns), captured.data)
         captured.graph.replay()
         controls = self._controls(plan.seqs)
-        steady = controls is None or (mask is None and self.steady > STEADY)
-        if not steady or plan.drafts != plan.queries - 1:  # a change of drafts is too rare for a graph
-            ends, next_ids = self._decoded(captured.rows, captured.logits, controls, mask, plan.decode, plan.drafts)
-            return self._finish([ends], captured.hidden, next_ids, captured.tokens, plan.drafts)[0]
-        tail = captured.tails.get(controls is None)
-        if tail is None or tail.controls is not controls:
-            tail = self._capture_tail(captured, controls, plan)
-        tail.graph.replay()
-        return tail.chosen
+        tail = self._tail(captured, controls, plan) if mask is None and plan.drafts == plan.queries - 1 else None
+        if tail is not None:
+            tail.graph.replay()
+            return tail.chosen
+        ends, next_ids = self._decoded(captured.rows, captured.logits, controls, mask, plan.decode, plan.drafts)
+        return self._finish([ends], captured.hidden, next_ids, captured.tokens, plan.drafts)[0]
+
+    def _tail(self, captured: Captured, controls: Controls | None, plan: Plan) -> Tail | None:
+        """The graph for what follows on the logits; None while rows of this kind are too new for one. A change of
+        drafts, or a grammar's mask, is too rare for any."""
+        kind = None if controls is None else (plan.decode, controls_of.form(controls))
+        tail = captured.tails.get(kind)
+        if tail is None and (controls is None or self.steady > STEADY):
+            while len(captured.tails) >= TAILS:
+                del captured.tails[next(iter(captured.tails))]
+            captured.tails[kind] = tail = self._capture_tail(captured, controls, plan)
+        if tail is not None and tail.held is not controls:
+            controls_of.refill(tail.controls, controls)
+            tail.held = controls
+        return tail
 
     def _capture(self, rows: int, width: int, queries: int) -> Captured:
         data = torch.zeros(rows, queries + 3 + width, dtype=torch.int64, device=self.device)
@@ -177,16 +191,17 @@ class FusedRunner:
         return captured
 
     def _capture_tail(self, c: Captured, controls: Controls | None, plan: Plan) -> Tail:
+        own = controls_of.copied(controls)
+
         def tail() -> Chosen:
-            ends, next_ids = self._decoded(c.rows, c.logits, controls, None, plan.decode, plan.drafts)
+            ends, next_ids = self._decoded(c.rows, c.logits, own, None, plan.decode, plan.drafts)
             return self._finish([ends], c.hidden, next_ids, c.tokens, plan.drafts)[0]
 
         feed = self.feed.ids.clone(), self.feed.gain.clone()  # which warming up overwrites
         graph, chosen = self.gpu.graph(tail)
-        c.tails[controls is None] = found = Tail(controls, graph, chosen)
         self.feed.ids.copy_(feed[0])
         self.feed.gain.copy_(feed[1])
-        return found
+        return Tail(own, graph, chosen, controls)
 
     # Steps with prompts
 

@@ -138,6 +138,22 @@ def test_greedy_answers_are_those_of_the_plain_engine(config, budget, device) ->
 
 
 @LONG
+def test_rows_that_are_drawn_in_a_known_way_take_the_graph_that_is_there(device, monkeypatch) -> None:
+    """The second request has other numbers of the same form, the third another form."""
+    monkeypatch.setattr(fused_runner, "STEADY", 2)
+    plain, fused = engines(V3, device, num_speculative_tokens=1)
+    tails = []
+    for params in (
+        SamplingParams(max_tokens=8, seed=1, temperature=0.7),
+        SamplingParams(max_tokens=8, seed=2, temperature=1.9),
+        SamplingParams(max_tokens=8, seed=2, temperature=1.9, top_k=3),
+    ):
+        same(plain, fused, prompts(9), params)
+        tails.append({id(tail) for captured in fused.runner.graphs.values() for tail in captured.tails.values()})
+    assert tails[0] == tails[1] < tails[2]
+
+
+@LONG
 @pytest.mark.parametrize("drafts", [0, 1, 3])
 def test_answers_that_are_drawn_are_those_of_the_plain_engine(drafts, device) -> None:
     plain, fused = engines(V3, device, num_speculative_tokens=drafts)
