@@ -28,6 +28,8 @@ from benthic.server.completions import Chat, Service
 from benthic.server.config import ServeConfig
 from benthic.server.listener import Server, bind, url
 from benthic.server.protocol import ApiError, dump
+from benthic.server.queue import Queue
+from benthic.server.stream import Ticket
 from benthic.server.worker import Worker
 from benthic.tokenizer import chat
 from benthic.tokenizer.templates import THINKS
@@ -80,10 +82,15 @@ def _service(config: ServeConfig, llm: LLM) -> Service:
     return Service(
         name=config.name,
         tokenizer=llm.tokenizer,
-        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests, config.request_timeout),
+        worker=Worker(llm.engine, _turns(config, llm.engine.scheduler.max_rows), config.request_timeout),
         max_model_len=llm.engine.config.max_model_len,
         thinking=thinking,
     )
+
+
+def _turns(config: ServeConfig, rows: int) -> Queue[Ticket]:
+    """The queue before an engine that runs `rows` requests: it gets a few more, to have the next at hand."""
+    return Queue(rows + max(1, rows // 8), config.max_queued_requests, config.max_queued_tokens)
 
 
 def build(service: Service, host: str, key: str) -> Gate:

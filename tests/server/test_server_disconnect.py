@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benthic.server import completions
 from benthic.server.completions import Service
+from benthic.server.queue import Queue
 from benthic.server.worker import Worker
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -65,7 +66,7 @@ def test_a_client_that_does_not_read_loses_its_answer_and_its_place(engine, toke
     quick = completions.LIMITS["send_seconds"]._replace(high=0.1)
     monkeypatch.setattr(completions, "LIMITS", {**completions.LIMITS, "send_seconds": quick})
     engine.script, engine.pause = [65] * 10**5, 0.001
-    worker = Worker(engine, 1)
+    worker = Worker(engine, Queue(1, 0, 1000))
     chat = completions.Chat(Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=2 * 10**5))
     body = request(True).partition(b"\r\n\r\n")[2]
 
