@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 from benthic.base.errors import InputError
 from benthic.inference.request import Delta, Request
-from benthic.server.protocol import ApiError
+from benthic.server.errors import ApiError
 
 log = logging.getLogger("benthic.server")
 
