@@ -81,7 +81,7 @@ def _service(config: ServeConfig, llm: LLM) -> Service:
     return Service(
         name=config.name,
         tokenizer=llm.tokenizer,
-        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests),
+        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests, config.request_timeout),
         max_model_len=llm.engine.config.max_model_len,
         thinking=thinking,
     )

@@ -13,12 +13,13 @@ from benthic.base.errors import InputError
 from benthic.inference.config import SamplingParams
 from benthic.inference.request import Request as Generation
 from benthic.server.answer import Answer, Decoder, Piece
-from benthic.server.auth import Message, Receive, Scope, Send
+from benthic.server.auth import Message, Receive, Scope, Send, caller
 from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
 from benthic.server.protocol import ChatRequest, Reply, parse_chat, usage
+from benthic.server.stream import Stream
 from benthic.server.wire import DONE, dump, event
-from benthic.server.worker import Stream, Worker
+from benthic.server.worker import Worker
 from benthic.tokenizer import chat
 from benthic.tokenizer.runs import Rendered
 from benthic.tokenizer.stream import TextStream
@@ -72,13 +73,13 @@ class Chat:
         if ask.model != self._service.name:
             message = f"the model {ask.model!r} does not exist -> use {self._service.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        async with self._service.worker.open() as stream:
+        async with self._service.worker.open(caller(scope)) as stream:
             await _attended(receive, self._answer(ask, stream, _patient(send)))
 
     async def _answer(self, ask: ChatRequest, stream: Stream, send: Send) -> None:
         service = self._service
         prompt, generation = await service.prepare(ask)
-        stream.start(generation)
+        stream.start([generation])
         decoder = WithoutLead(TextStream(service.tokenizer, skip_special=True), prompt.lead)
         pieces = _pieces(stream, Answer(decoder, ask.stop, prompt.thinks))
         reply = Reply(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=service.name)
@@ -120,8 +121,8 @@ Pieces = AsyncIterator[tuple[Piece, int, str]]
 
 async def _pieces(stream: Stream, answer: Answer) -> Pieces:
     """Text as it becomes certain, and the tokens so far; the last piece has a finish reason."""
-    async for ids, finish_reason in stream:
-        piece = answer.feed(ids)
+    async for _, delta in stream:
+        piece, finish_reason = answer.feed(delta.token_ids), delta.finish_reason
         if answer.stopped or finish_reason:
             rest = answer.finish()
             piece = Piece(piece.reasoning + rest.reasoning, piece.content + rest.content)
