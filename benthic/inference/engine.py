@@ -146,6 +146,8 @@ class Engine:
                 f"prompt_token_ids has {len(prompt)} tokens, max_model_len={self.config.max_model_len} "
                 f"-> use at most {self.config.max_model_len - 1}"
             )
+        if params.prompt_logprobs >= 0:
+            raise InputError(f"prompt_logprobs={params.prompt_logprobs} is not computed yet -> leave it out")
         for token in params.logit_bias:
             if token >= self.vocab_size:
                 raise InputError(f"logit_bias has token {token} -> use integers from 0 to {self.vocab_size - 1}")
@@ -198,7 +200,7 @@ class Engine:
         """Run one batch. Without anything to do, the step is empty. After an error it has not happened; where it fails
         again, abort its requests."""
         finished = list(self._aborted)
-        deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
+        deltas = [Delta.of(seq, 0) for seq in finished]
         if self._seqs or self._flying:
             try:
                 self._launch()
@@ -221,7 +223,7 @@ class Engine:
                 seq.tops += result.tops[row][:new]
                 seq.drafts = result.drafts[row]
                 new -= self._follow(seq, new)
-                deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
+                deltas.append(Delta.of(seq, new))
                 if seq.finish_reason:
                     finished.append(self._seqs.pop(seq.request_id))
             if self._routing:

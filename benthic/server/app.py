@@ -26,10 +26,11 @@ from benthic.parallel.ranks import follows
 from benthic.server.auth import Gate, read_key
 from benthic.server.completions import Chat, Service
 from benthic.server.config import ServeConfig
+from benthic.server.errors import ApiError
 from benthic.server.listener import Server, bind, url
-from benthic.server.protocol import ApiError, dump
 from benthic.server.queue import Queue
 from benthic.server.stream import Ticket
+from benthic.server.wire import dump
 from benthic.server.worker import Worker
 from benthic.tokenizer import chat
 from benthic.tokenizer.templates import THINKS

@@ -15,8 +15,9 @@ from typing import Any
 
 from benthic.base.errors import InputError
 from benthic.server.config import ServeConfig
+from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
-from benthic.server.protocol import ApiError, dump
+from benthic.server.wire import dump
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

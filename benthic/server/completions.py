@@ -14,9 +14,11 @@ from benthic.inference.config import SamplingParams
 from benthic.inference.request import Request as Generation
 from benthic.server.answer import Answer, Decoder, Piece
 from benthic.server.auth import Message, Receive, Scope, Send, caller
+from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
-from benthic.server.protocol import DONE, ApiError, ChatRequest, Reply, dump, event, parse_chat, usage
+from benthic.server.protocol import ChatRequest, Reply, parse_chat, usage
 from benthic.server.stream import Stream
+from benthic.server.wire import DONE, dump, event
 from benthic.server.worker import Worker
 from benthic.tokenizer import chat
 from benthic.tokenizer.runs import Rendered

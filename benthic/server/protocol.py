@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benthic.base.errors import did_you_mean
+from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -46,29 +47,6 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "refusal": (),
     "tool_calls": ([],),
 }
-
-
-class ApiError(Exception):
-    """An answer other than 200. `message` goes to the client: it holds no prompt and no path of the server."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: tuple[tuple[str, str], ...] = (),
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
-
-    def body(self) -> dict[str, Any]:
-        """The error in OpenAI's shape."""
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,20 +265,6 @@ def _short(value: Any) -> str:
 
 def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param)
-
-
-def dump(value: Any) -> bytes:
-    """Compact UTF-8 JSON. Half a surrogate pair, which an echoed value may hold, becomes its escape again."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
-
-
-def event(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + dump(value) + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from benthic.inference.request import Delta, Request
-from benthic.server.protocol import ApiError
+from benthic.server.errors import ApiError
 from benthic.server.queue import Entry
 
 MAX_UNREAD = 4096  # tokens of one stream that wait for their reader
@@ -20,6 +20,7 @@ class Ticket(Entry):
     index: int  # in its stream
     request: Request
     request_id: int = -1  # in the engine; belongs to its thread
+    cached: int = -1  # tokens of its prompt that were found computed; -1 before its first delta
 
 
 class Owner(Protocol):
@@ -160,4 +161,6 @@ def merge(deltas: list[Delta]) -> Delta:
     return last._replace(
         token_ids=[id for delta in deltas for id in delta.token_ids],
         logprobs=[value for delta in deltas for value in delta.logprobs],
+        tops=[top for delta in deltas for top in delta.tops],
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
     )

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from benthic.base.errors import InputError
 from benthic.inference.request import Delta, Request
-from benthic.server.protocol import ApiError
+from benthic.server.errors import ApiError
 from benthic.server.queue import Full, Queue
 from benthic.server.stream import Stream, Ticket
 
@@ -128,6 +128,9 @@ class Worker:
         for ticket, delta in news:
             if ticket.state != "running":
                 continue  # withdrawn meanwhile
+            if ticket.cached < 0:
+                ticket.cached = delta.num_cached_tokens
+                self._turns.give(ticket, -ticket.cached)
             self._turns.give(ticket, len(delta.token_ids))
             if delta.finish_reason:
                 self._turns.end(ticket, self._now())

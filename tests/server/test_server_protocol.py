@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
-from benthic.server.protocol import HARMLESS, NEUTRAL, ApiError, dump, parse_chat
+from benthic.server.protocol import HARMLESS, NEUTRAL, parse_chat
+from benthic.server.wire import dump
 
 GOOD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
