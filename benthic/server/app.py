@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benthic.base.errors import InputError, Interrupted
@@ -23,10 +24,11 @@ except ModuleNotFoundError as missing:
 from benthic.inference.config import EngineConfig
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
-from benthic.server.auth import Gate, read_key
 from benthic.server.completions import Chat, Service
 from benthic.server.config import ServeConfig
 from benthic.server.errors import ApiError
+from benthic.server.gate import OPEN_PATHS, Gate
+from benthic.server.keys import Keys, read_keys
 from benthic.server.listener import Server, bind, url
 from benthic.server.queue import Queue
 from benthic.server.stream import Ticket
@@ -47,12 +49,14 @@ def serve(config: ServeConfig) -> None:
         leave_to_rank_0()
         _load(config).follow()
         return
-    key = read_key(config)
+    keys = read_keys(config)
     listener = bind(config.host, config.port)
     try:
         llm = _load(config)
         service = _service(config, llm)
-        server = Server(build(service, config.host, key), service.worker, config.shutdown_timeout)
+        server = Server(
+            build(service, config.host, keys, config.allowed_origins), service.worker, config.shutdown_timeout
+        )
         service.worker.run()
         print(f"{config.name} is served at {url(listener)}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
@@ -94,12 +98,12 @@ def _turns(config: ServeConfig, rows: int) -> Queue[Ticket]:
     return Queue(rows + max(1, rows // 8), config.max_queued_requests, config.max_queued_tokens)
 
 
-def build(service: Service, host: str, key: str) -> Gate:
+def build(service: Service, host: str, keys: Keys, origins: Sequence[str] = ()) -> Gate:
     """The ASGI app: the gate, and the routes behind it."""
     handled = (ApiError, HTTPException, ClientDisconnect, Exception)
     app = Starlette(routes=routes(service), exception_handlers=dict.fromkeys(handled, _answer_error))
     app.router.redirect_slashes = False
-    return Gate(app, host, key)
+    return Gate(app, host, keys, open_paths=(*OPEN_PATHS, b"/"), origins=origins)
 
 
 def routes(service: Service) -> list[Route]:

@@ -13,8 +13,9 @@ from benthic.base.errors import InputError
 from benthic.inference.config import SamplingParams
 from benthic.inference.request import Request as Generation
 from benthic.server.answer import Answer, Decoder, Piece
-from benthic.server.auth import Message, Receive, Scope, Send, caller
+from benthic.server.asgi import Message, Receive, Scope, Send
 from benthic.server.errors import ApiError
+from benthic.server.gate import caller
 from benthic.server.limits import LIMITS
 from benthic.server.protocol import ChatRequest, Reply, parse_chat, usage
 from benthic.server.stream import Stream
