@@ -30,8 +30,10 @@ from benthic.server.config import ServeConfig
 from benthic.server.errors import ApiError
 from benthic.server.listener import Server, bind, url
 from benthic.server.openapi import document
+from benthic.server.queue import Queue
 from benthic.server.route import get, json_response
 from benthic.server.service import Check, Forms, Service
+from benthic.server.stream import Ticket
 from benthic.server.types.replies import Schema
 from benthic.server.wire import dump
 from benthic.server.worker import Worker
@@ -87,7 +89,7 @@ def _service(config: ServeConfig, llm: LLM) -> Service:
     return Service(
         name=config.name,
         tokenizer=llm.tokenizer,
-        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests, config.request_timeout),
+        worker=Worker(llm.engine, _turns(config, llm.engine.scheduler.max_rows), config.request_timeout),
         max_model_len=llm.engine.config.max_model_len,
         vocab_size=llm.engine.vocab_size,
         thinking=thinking,
@@ -104,6 +106,11 @@ def _compiler(llm: LLM) -> Check:
             llm.engine.grammars.compile(form)
 
     return check
+
+
+def _turns(config: ServeConfig, rows: int) -> Queue[Ticket]:
+    """The queue before an engine that runs `rows` requests: it gets a few more, to have the next at hand."""
+    return Queue(rows + max(1, rows // 8), config.max_queued_requests, config.max_queued_tokens)
 
 
 def build(service: Service, host: str, key: str, more: Sequence[BaseRoute] = ()) -> Gate:

@@ -43,6 +43,8 @@ class ServeConfig:
     """Most requests that run at once."""
     max_queued_requests: int = 256
     """Most requests that wait; one more is answered with 429."""
+    max_queued_tokens: int = 2**22
+    """Most prompt tokens that wait together; with more, too, the answer is 429."""
     request_timeout: float = 3600.0
     """Seconds that a request may take, waiting included; a client may ask for fewer."""
     shutdown_timeout: float = 30.0
@@ -56,6 +58,7 @@ class ServeConfig:
             ("max_model_len", 0, math.inf),
             ("max_num_seqs", 1, math.inf),
             ("max_queued_requests", 0, math.inf),
+            ("max_queued_tokens", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

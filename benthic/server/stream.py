@@ -2,29 +2,30 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 from benthic.inference.request import Delta, Request
 from benthic.server.errors import ApiError
+from benthic.server.queue import Entry
 
 MAX_UNREAD = 4096  # tokens of one stream that wait for their reader
 
 
-class Ticket:
-    """One request on its way through the worker."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket(Entry):
+    """One request on its way through queue and engine."""
 
-    __slots__ = ("ended", "index", "request", "request_id", "stream")
-
-    def __init__(self, stream: "Stream", index: int, request: Request):
-        self.stream, self.index, self.request = stream, index, request
-        self.request_id = -1  # in the engine; belongs to its thread
-        self.ended = False  # its last tokens have arrived
+    stream: "Stream"
+    index: int  # in its stream
+    request: Request
+    request_id: int = -1  # in the engine; belongs to its thread
 
 
 class Owner(Protocol):
     """What a stream needs of its worker."""
 
-    def submit(self, stream: "Stream", tickets: list[Ticket]) -> None:
+    def submit(self, tickets: list[Ticket]) -> None:
         """Have the tickets' requests run. ApiError 429 where there is no room for all of them."""
         ...
 
@@ -77,8 +78,14 @@ class Stream:
             self._deadline = deadline
             self._timer.cancel()
             self._timer = self._loop.call_at(self._opened + deadline, self._expire)
-        tickets = [Ticket(self, index, request) for index, request in enumerate(requests)]
-        self._owner.submit(self, tickets)
+        tickets = [
+            Ticket(
+                client=self.client, tokens=len(request.prompt_token_ids), priority=request.priority, stream=self,
+                index=index, request=request,
+            )
+            for index, request in enumerate(requests)
+        ]  # fmt: skip
+        self._owner.submit(tickets)
         self.tickets, self._left = tickets, len(tickets)
 
     def __aiter__(self) -> Self:
@@ -105,8 +112,7 @@ class Stream:
         """End one of the requests: its reader wants no more of it."""
         ticket = self.tickets[index]
         self._unread -= sum(len(delta.token_ids) for delta in self._news.pop(index, []))
-        if not ticket.ended:
-            ticket.ended = True
+        if ticket.state != "ended":
             self._left -= 1
             self._owner.withdraw([ticket])
 
@@ -115,10 +121,7 @@ class Stream:
     def feed(self, ticket: Ticket, delta: Delta) -> None:
         """Add what one step brought to one request."""
         if delta.finish_reason:
-            ticket.ended = True
             self._left -= 1
-        if self._error is not None:
-            return
         self._news.setdefault(ticket.index, []).append(delta)
         self._unread += len(delta.token_ids)
         if self._unread > MAX_UNREAD:
@@ -139,10 +142,8 @@ class Stream:
         self.fail(ApiError(504, message, code="deadline_exceeded"))
 
     def _end(self) -> None:
-        unfinished = [ticket for ticket in self.tickets if not ticket.ended]
+        unfinished = [ticket for ticket in self.tickets if ticket.state != "ended"]
         if unfinished:
-            for ticket in unfinished:
-                ticket.ended = True
             self._left = 0
             self._owner.withdraw(unfinished)
 
@@ -159,4 +160,6 @@ def merge(deltas: list[Delta]) -> Delta:
     return last._replace(
         token_ids=[id for delta in deltas for id in delta.token_ids],
         logprobs=[value for delta in deltas for value in delta.logprobs],
+        tops=[top for delta in deltas for top in delta.tops],
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
     )

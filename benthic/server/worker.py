@@ -5,12 +5,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 from benthic.base.errors import InputError
 from benthic.inference.request import Delta, Request
 from benthic.server.errors import ApiError
+from benthic.server.queue import Full, Queue
 from benthic.server.stream import Stream, Ticket
 
 log = logging.getLogger("benthic.server")
@@ -49,16 +51,19 @@ class Engine(Protocol):
 
 
 class Worker:
-    """At most `capacity` requests at once, running and waiting together, each for `request_timeout` seconds at most."""
+    """Requests wait in `turns` until the engine has a place; each may take `request_timeout` seconds, waiting included.
 
-    def __init__(self, engine: Engine, capacity: int, request_timeout: float = 3600.0):
+    The engine gets no priorities: those of a request hold among its client's own.
+    """
+
+    def __init__(self, engine: Engine, turns: Queue[Ticket], request_timeout: float = 3600.0):
         self._engine = engine
-        self._capacity = capacity
+        self._turns = turns  # event loop only, like the next three
         self._request_timeout = request_timeout
+        self._open: set[Stream] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="benthic-engine", daemon=True)
-        self._open: dict[Stream, int] = {}  # places that each has taken; event loop only
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[int, Ticket] = {}  # engine thread only
         self._stopped = False  # the same
         self.refusal = ""  # why no request is accepted; "" while they are
@@ -70,33 +75,72 @@ class Worker:
     # On the event loop
 
     def open(self, client: str) -> Stream:
-        """Take a place for `client`. Raises ApiError 503 while none is given, 429 where all are taken."""
+        """Begin a call of `client`. Raises ApiError 503 while none is accepted, 429 where it would find no room."""
         if self.refusal:
             raise ApiError(503, self.refusal, code="unavailable", headers=(("retry-after", "1"),))
-        self._check_room(1)
+        begun = sum(not stream.tickets for stream in self._open if stream.client == client)
+        try:
+            self._turns.check(client, begun + 1)
+        except Full:
+            raise self._full() from None
         self._loop = asyncio.get_running_loop()
         stream = Stream(self, client, self._request_timeout)
-        self._open[stream] = 1
+        self._open.add(stream)
         return stream
 
-    def submit(self, stream: Stream, tickets: list[Ticket]) -> None:
-        """Have the engine thread add the requests before its next step."""
-        self._check_room(len(tickets) - 1)
-        self._open[stream] = len(tickets)
-        self._inbox.put(partial(self._add, tickets))
+    def submit(self, tickets: list[Ticket]) -> None:
+        """Have the requests wait for their turns."""
+        most = self._turns.places + self._turns.max_waiting
+        if len(tickets) > most:
+            raise ApiError(400, f"{len(tickets)} answers in one call; this server makes at most {most} at once")
+        try:
+            out = self._turns.add(tickets)
+        except Full:
+            raise self._full() from None
+        for ticket in out:
+            ticket.stream.fail(self._full())
+        self._start()
 
     def withdraw(self, tickets: list[Ticket]) -> None:
-        """Have the engine thread abort the requests before its next step."""
-        self._inbox.put(partial(self._abort, tickets))
+        """End the requests: those that run before the engine's next step."""
+        running = [ticket for ticket in tickets if ticket.state == "running"]
+        for ticket in tickets:
+            if ticket.state == "waiting":
+                self._turns.leave(ticket)
+        for ticket in running:
+            self._turns.end(ticket, self._now())
+        if running:
+            self._inbox.put(partial(self._abort, running))
+        self._start()
 
     def close(self, stream: Stream) -> None:
-        """Give the place back."""
-        self._open.pop(stream, None)
+        """The call has ended."""
+        self._open.discard(stream)
 
-    def _check_room(self, more: int) -> None:
-        if sum(self._open.values()) + more > self._capacity:
-            message = f"all {self._capacity} places are taken -> try again later"
-            raise ApiError(429, message, code="queue_full", headers=(("retry-after", "1"),))
+    def _start(self) -> None:
+        """Hand the engine those whose turn it is."""
+        tickets = list(iter(self._turns.next, None))
+        if tickets:
+            self._inbox.put(partial(self._add, tickets))
+
+    def _feed(self, news: list[tuple[Ticket, Delta]]) -> None:
+        """What a step brought."""
+        for ticket, delta in news:
+            if ticket.state != "running":
+                continue  # withdrawn meanwhile
+            self._turns.give(ticket, len(delta.token_ids))
+            if delta.finish_reason:
+                self._turns.end(ticket, self._now())
+            ticket.stream.feed(ticket, delta)
+        self._start()
+
+    def _full(self) -> ApiError:
+        wait = str(self._turns.retry_after(self._now()))
+        message = f"the queue is full -> try again in {wait} s"
+        return ApiError(429, message, code="queue_full", headers=(("retry-after", wait),))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     @property
     def idle(self) -> bool:
@@ -151,7 +195,7 @@ class Worker:
             return
         news = [(self._running[delta.request_id], delta) for delta in deltas if delta.request_id in self._running]
         if news:
-            self._call(partial(_feed, news))
+            self._call(partial(self._feed, news))
         for _, delta in news:
             if delta.finish_reason:
                 del self._running[delta.request_id]
@@ -166,18 +210,17 @@ class Worker:
             self._call(partial(_fail, list(tickets.values()), _failure(error)))
 
     def _add(self, tickets: list[Ticket]) -> None:
-        """Add the requests to the engine. One that it does not take ends them all."""
+        """Add the requests to the engine. One that it does not take fails with its stream."""
         for ticket in tickets:
             try:
-                ticket.request_id = self._engine.add(ticket.request)
+                ticket.request_id = self._engine.add(replace(ticket.request, priority=0))
             except InputError as error:
                 self._call(partial(_fail, [ticket], ApiError(400, str(error))))
-                return
             except Exception as error:
                 log.exception("the engine could not take a request, which ends with an error")
                 self._call(partial(_fail, [ticket], _failure(error)))
-                return
-            self._running[ticket.request_id] = ticket
+            else:
+                self._running[ticket.request_id] = ticket
 
     def _abort(self, tickets: list[Ticket]) -> None:
         """Those that have ended meanwhile are left alone."""
@@ -199,12 +242,6 @@ class Worker:
         except RuntimeError:
             if not self._loop.is_closed():  # closed: the server is gone, and with it every reader
                 raise
-
-
-def _feed(news: list[tuple[Ticket, Delta]]) -> None:
-    for ticket, delta in news:
-        if not ticket.ended:
-            ticket.stream.feed(ticket, delta)
 
 
 def _fail(tickets: list[Ticket], error: ApiError) -> None:

@@ -15,6 +15,7 @@ import pytest
 from benthic.inference.request import Delta, PromptPlace
 from benthic.server.app import build
 from benthic.server.listener import Server, bind, url
+from benthic.server.queue import Queue
 from benthic.server.service import Service
 from benthic.server.worker import Worker
 from benthic.tokenizer import bpe
@@ -124,10 +125,11 @@ def eventually():
 
 @contextlib.contextmanager
 def running(
-    engine, tokenizer, *, key="", capacity=8, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0, thinking=None
-):
+    engine, tokenizer, *, key="", capacity=8, max_queued=0, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0,
+    thinking=None,
+):  # fmt: skip
     """A server on a free port with clients of it; closed and checked at the end."""
-    worker = Worker(engine, capacity)
+    worker = Worker(engine, Queue(capacity, max_queued, 2**20))
     service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=max_model_len, thinking=thinking)
     listener = bind("127.0.0.1", 0)
     server = Server(build(service, host, key), worker, shutdown_timeout)

@@ -1,9 +1,14 @@
 """Chat with the official OpenAI client: every parameter reaches the engine, every part of an answer reaches the
 client."""
 
+import asyncio
+
 import openai
 import pytest
 
+from benthic.server.prepare import for_chat
+from benthic.server.types.chat import ChatRequest
+from benthic.server.wire import dump
 from benthic.tokenizer import chat
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -36,7 +41,13 @@ def test_every_sampling_parameter_reaches_the_engine(launch, engine):
     assert (params.top_k, params.min_p, params.min_tokens, params.stop_token_ids) == (5, 0.1, 2, (7, 8))
     assert (params.stop, params.include_stop_str_in_output, params.ignore_eos) == (("xx", "yy"), True, True)
     assert (params.logprobs, params.prompt_logprobs) == (3, 0)
-    assert (request.priority, request.cache_salt) == (3, "mine")
+    assert request.cache_salt == "mine"
+
+
+def test_the_priority_goes_with_every_answer(shared):
+    ask = ChatRequest.read(dump({"model": "tiny", "messages": MESSAGES, "n": 2, "priority": -3}))
+    job = asyncio.run(for_chat(shared.service, ask))
+    assert [request.priority for request in job.requests] == [-3, -3]
 
 
 def test_top_k_of_minus_one_keeps_all(launch, engine):
@@ -166,8 +177,6 @@ def test_an_answer_whose_form_takes_too_long_is_an_error(launch, engine):
 
 
 def test_the_async_client_streams_too(launch, engine, tokenizer):
-    import asyncio
-
     said(engine, tokenizer, "hello world")
     server = launch()
 

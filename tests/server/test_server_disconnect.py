@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benthic.server import deliver, generate
+from benthic.server.queue import Queue
 from benthic.server.service import Service
 from benthic.server.types.chat import ChatRequest
 from benthic.server.worker import Worker
@@ -66,7 +67,7 @@ def test_a_client_that_does_not_read_loses_its_answer_and_its_place(engine, toke
     quick = deliver.LIMITS["send_seconds"]._replace(high=0.1)
     monkeypatch.setattr(deliver, "LIMITS", {**deliver.LIMITS, "send_seconds": quick})
     engine.script, engine.pause = [65] * 10**5, 0.001
-    worker = Worker(engine, 1)
+    worker = Worker(engine, Queue(1, 0, 1000))
     service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=2 * 10**5)
     ask = ChatRequest.read(request(True).partition(b"\r\n\r\n")[2])
 

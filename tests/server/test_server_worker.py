@@ -10,6 +10,7 @@ from benthic.inference.config import SamplingParams
 from benthic.inference.request import Delta, Request
 from benthic.server import stream as stream_module
 from benthic.server.errors import ApiError
+from benthic.server.queue import Queue
 from benthic.server.stream import merge
 from benthic.server.worker import Worker
 
@@ -20,10 +21,10 @@ def ask(max_tokens: int) -> Request:
 
 @pytest.fixture
 def scene(engine, eventually):
-    """scene(coroutine function, capacity=..., request_timeout=...) runs it with a worker, which is idle at the end."""
+    """scene(coroutine function, places=..., ...) runs it with a worker, which is idle at the end."""
 
-    def play(act, capacity=8, request_timeout=20.0):
-        worker = Worker(engine, capacity, request_timeout)
+    def play(act, places=8, max_waiting=0, request_timeout=20.0):
+        worker = Worker(engine, Queue(places, max_waiting, 2**20), request_timeout)
         worker.run()
         try:
             result = asyncio.run(asyncio.wait_for(act(worker), 20))
@@ -65,19 +66,19 @@ def test_what_a_reader_has_not_taken_arrives_as_one_delta(scene, engine, eventua
     async def act(worker):
         async with worker.open("a") as stream:
             stream.start([ask(30)])
-            while not stream.tickets[0].ended:
+            while stream.tickets[0].state != "ended":
                 await asyncio.sleep(0.001)
             return [delta async for _, delta in stream]
 
     (delta,) = scene(act)
     assert delta.token_ids == [65] * 30
-    assert delta.logprobs == [0.0] * 30
+    assert delta.logprobs == [-1.0 - i for i in range(30)]
     assert delta.finish_reason == "length"
 
 
 def test_merging_keeps_every_token_and_the_last_finish_reason():
     parts = [Delta(3, [1, 2], [-0.1, -0.2], ""), Delta(3, [], [], ""), Delta(3, [5], [-0.5], "stop")]
-    assert merge(parts) == Delta(3, [1, 2, 5], [-0.1, -0.2, -0.5], "stop")
+    assert merge(parts) == Delta(3, [1, 2, 5], [-0.1, -0.2, -0.5], "stop", tops=[])
     assert merge(parts[:1]) is parts[0]
     assert parts[0].token_ids == [1, 2]
 
@@ -118,7 +119,7 @@ def test_a_request_that_is_done_before_its_deadline_does_not_fail_after_it(scene
     async def act(worker):
         async with worker.open("a") as stream:
             stream.start([ask(3)], deadline=0.2)
-            while not stream.tickets[0].ended:
+            while stream.tickets[0].state != "ended":
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.25)
             return await read(stream)
@@ -152,7 +153,7 @@ def test_a_reader_that_is_just_quick_enough_keeps_its_answer(scene, engine, monk
     async def act(worker):
         async with worker.open("a") as stream:
             stream.start([ask(50)])
-            while not stream.tickets[0].ended:
+            while stream.tickets[0].state != "ended":
                 await asyncio.sleep(0.001)
             return await read(stream)
 
@@ -199,16 +200,90 @@ def test_a_request_that_is_cut_ends_alone(scene, engine):
 def test_places_are_counted_in_requests(scene, engine):
     async def act(worker):
         async with worker.open("a") as stream, worker.open("b") as other:
-            with pytest.raises(ApiError) as caught:
-                stream.start([ask(3)] * 8)
-            assert caught.value.status == 429
+            with pytest.raises(ApiError, match="at most 8"):
+                stream.start([ask(3)] * 9)
             stream.start([ask(3)] * 7)
-            with pytest.raises(ApiError, match="places are taken"):
-                worker.open("c")
+            with pytest.raises(ApiError) as caught:
+                other.start([ask(3)] * 2)
+            assert caught.value.status == 429
+            assert dict(caught.value.headers) == {"retry-after": "1"}
             other.start([ask(3)])
+            with pytest.raises(ApiError, match="queue is full"):
+                worker.open("c")
             return await read(stream), await read(other)
 
     assert [len(found) for found in scene(act)] == [7, 1]
+
+
+def test_calls_that_are_being_prepared_count_against_their_own_client(scene, engine):
+    async def act(worker):
+        async with worker.open("a"), worker.open("a"), worker.open("b"):
+            with pytest.raises(ApiError, match="queue is full"):
+                worker.open("a")
+
+    scene(act, places=2)
+
+
+def test_requests_beyond_the_places_wait_outside_the_engine_and_run_in_turn(scene, engine):
+    engine.script = [65] * 100
+
+    async def act(worker):
+        async with worker.open("flood") as flood, worker.open("polite") as polite:
+            flood.start([ask(20)] * 6)
+            polite.start([ask(20)])
+            await asyncio.gather(read(flood), read(polite))
+
+    engine.add = lambda r, add=engine.add: (most.append(len(engine.running) + 1), add(r))[1]
+    most = []
+    scene(act, places=2, max_waiting=10)
+    assert max(most) <= 2
+    assert len(most) == 7
+
+
+def test_a_queued_request_that_is_given_up_never_reaches_the_engine(scene, engine):
+    engine.script = [65] * 100
+
+    async def act(worker):
+        async with worker.open("a") as stream:
+            stream.start([ask(20)])
+            async with worker.open("a") as second:
+                second.start([ask(20)])
+                assert second.tickets[0].state == "waiting"
+            return await read(stream)
+
+    scene(act, places=1, max_waiting=1)
+    assert engine.counts["added"] == 1
+
+
+def test_a_flood_gives_up_its_last_request_for_a_client_that_holds_less(scene, engine):
+    engine.script = [65] * 100
+
+    async def act(worker):
+        async with contextlib.AsyncExitStack() as stack:
+            engine.gate.clear()
+            flood = [await stack.enter_async_context(worker.open("flood")) for _ in range(5)]
+            for stream in flood:
+                stream.start([ask(5)])
+            with pytest.raises(ApiError, match="queue is full"):
+                worker.open("flood")
+            polite = await stack.enter_async_context(worker.open("polite"))
+            polite.start([ask(5)])
+            engine.gate.set()
+            with pytest.raises(ApiError, match="queue is full"):
+                await read(flood[-1])
+            return await asyncio.gather(*map(read, [polite, *flood[:-1]]))
+
+    assert len(scene(act, places=1, max_waiting=4)) == 5
+
+
+def test_the_engine_hears_of_no_priority_because_it_would_hold_against_other_clients(scene, engine):
+    async def act(worker):
+        async with worker.open("a") as stream:
+            stream.start([Request(prompt_token_ids=[1], priority=-9)])
+            await read(stream)
+
+    scene(act)
+    assert [request.priority for request in engine.requests] == [0]
 
 
 def test_one_request_that_the_engine_refuses_ends_its_stream_and_no_other(scene, engine):
