@@ -146,8 +146,6 @@ class Engine:
                 f"prompt_token_ids has {len(prompt)} tokens, max_model_len={self.config.max_model_len} "
                 f"-> use at most {self.config.max_model_len - 1}"
             )
-        if params.prompt_logprobs >= 0:
-            raise InputError(f"prompt_logprobs={params.prompt_logprobs} is not computed yet -> leave it out")
         for token in params.logit_bias:
             if token >= self.vocab_size:
                 raise InputError(f"logit_bias has token {token} -> use integers from 0 to {self.vocab_size - 1}")
@@ -216,6 +214,8 @@ class Engine:
             alone = plan.decode if plan.decode == len(plan.seqs) else 0
             self.drafting.observe(alone, plan.queries - 1, plan.drafts, sum(gained))
             self.stats.preemptions = self.scheduler.preemptions
+            for seq, scores in zip(plan.seqs, result.scores):
+                seq.scores += scores
             for row, (seq, new) in enumerate(zip(plan.seqs, gained)):
                 if not new:
                     continue
@@ -289,6 +289,7 @@ class Engine:
             finish_reason=seq.finish_reason,
             num_cached_tokens=max(0, seq.cached_tokens),
             top_logprobs=seq.tops,
+            prompt_logprobs=seq.prompt_logprobs,
             routed_experts=self._routing.take(seq) if self._routing else None,
         )
 

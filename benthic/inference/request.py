@@ -66,7 +66,20 @@ class Seq:
     drafts: list[int] = field(default_factory=list)  # guesses for the tokens after ids[-1]
     logprobs: list[float] = field(default_factory=list)
     tops: list[Top] = field(default_factory=list)  # one per answer token where params.logprobs asks for it
+    scores: list[PromptPlace] = field(default_factory=list)  # of its prompt from the second token on
     finish_reason: FinishReason | Literal[""] = ""
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not all known."""
+        return self.params.prompt_logprobs >= 0 and len(self.scores) < self.prompt_len - 1
+
+    @property
+    def prompt_logprobs(self) -> list[PromptPlace | None] | None:
+        """As of `Output`."""
+        if self.params.prompt_logprobs < 0 or not self.logprobs:
+            return None
+        return [None, *self.scores]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -101,6 +114,7 @@ class Delta(NamedTuple):
             finish_reason=seq.finish_reason,
             tops=seq.tops[first:],
             num_cached_tokens=max(0, seq.cached_tokens),
+            prompt_logprobs=seq.prompt_logprobs if new and first == 0 else None,
         )
 
 

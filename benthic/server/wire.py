@@ -21,20 +21,22 @@ def event(value: Any) -> bytes:
 
 def decode(body: bytes) -> dict[str, Any]:
     """The JSON object in a request body. ApiError 400 for anything else, without quoting it."""
+    whole = True
     try:
         fields = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON's \\ud800 alone is not Unicode that UTF-8 can carry
+            whole = False
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply -> send a flat JSON object", code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON ({_reason(error)})", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body is not a JSON object -> send {...}", code="invalid_json")
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON's \\ud800 alone is not Unicode that UTF-8 can carry
+    if not whole:
         param = _half(fields)
-        message = f"{param}: holds half a surrogate pair, which is not a character"
-        raise ApiError(400, message, param=param) from None
+        raise ApiError(400, f"{param}: holds half a surrogate pair, which is not a character", param=param)
     return fields
 
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benthic.server import completions
-from benthic.server.completions import Service
+from benthic.server import deliver, generate
 from benthic.server.queue import Queue
+from benthic.server.service import Service
+from benthic.server.types.chat import ChatRequest
 from benthic.server.worker import Worker
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -63,26 +64,26 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_request(launch, e
 
 
 def test_a_client_that_does_not_read_loses_its_answer_and_its_place(engine, tokenizer, eventually, monkeypatch):
-    quick = completions.LIMITS["send_seconds"]._replace(high=0.1)
-    monkeypatch.setattr(completions, "LIMITS", {**completions.LIMITS, "send_seconds": quick})
+    quick = deliver.LIMITS["send_seconds"]._replace(high=0.1)
+    monkeypatch.setattr(deliver, "LIMITS", {**deliver.LIMITS, "send_seconds": quick})
     engine.script, engine.pause = [65] * 10**5, 0.001
     worker = Worker(engine, Queue(1, 0, 1000))
-    chat = completions.Chat(Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=2 * 10**5))
-    body = request(True).partition(b"\r\n\r\n")[2]
+    service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=2 * 10**5)
+    ask = ChatRequest.read(request(True).partition(b"\r\n\r\n")[2])
 
     async def main():
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
         forever = asyncio.Event()
 
         async def receive():
-            return next(messages, None) or await forever.wait()
+            await forever.wait()
 
         async def send(message):
             if message["type"] == "http.response.body":
                 await forever.wait()
 
         worker.run()
-        await asyncio.wait_for(chat({"type": "http", "headers": []}, receive, send), 5)
+        answer = await generate.Generating(service).chat(ask)
+        await asyncio.wait_for(answer({"type": "http", "headers": []}, receive, send), 5)
 
     start = time.monotonic()
     asyncio.run(main())
@@ -123,7 +124,7 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(l
     assert engine.counts["added"] == engine.counts["aborted"] + engine.counts["finished"]
     assert engine.counts["aborted"] > 10
     assert not server.worker._running
-    assert not server.server.server_state.tasks
+    assert eventually(lambda: not server.server.server_state.tasks)
     assert threading.active_count() <= threads + 40  # the pool that renders prompts
     assert ask(model="tiny", messages=MESSAGES, max_tokens=3).usage.completion_tokens == 3
 

@@ -72,7 +72,7 @@ def test_what_a_reader_has_not_taken_arrives_as_one_delta(scene, engine, eventua
 
     (delta,) = scene(act)
     assert delta.token_ids == [65] * 30
-    assert delta.logprobs == [0.0] * 30
+    assert delta.logprobs == [-1.0 - i for i in range(30)]
     assert delta.finish_reason == "length"
 
 
