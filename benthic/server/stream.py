@@ -20,6 +20,7 @@ class Ticket(Entry):
     index: int  # in its stream
     request: Request
     request_id: int = -1  # in the engine; belongs to its thread
+    cached: int = -1  # tokens of its prompt that were found computed; -1 before its first delta
 
 
 class Owner(Protocol):

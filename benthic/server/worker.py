@@ -128,6 +128,9 @@ class Worker:
         for ticket, delta in news:
             if ticket.state != "running":
                 continue  # withdrawn meanwhile
+            if ticket.cached < 0:
+                ticket.cached = delta.num_cached_tokens
+                self._turns.give(ticket, -ticket.cached)
             self._turns.give(ticket, len(delta.token_ids))
             if delta.finish_reason:
                 self._turns.end(ticket, self._now())

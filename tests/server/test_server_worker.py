@@ -7,7 +7,7 @@ import pytest
 
 from benthic.base.errors import InputError
 from benthic.inference.config import SamplingParams
-from benthic.inference.request import Delta, Request
+from benthic.inference.request import Delta, PromptPlace, Request
 from benthic.server import stream as stream_module
 from benthic.server.errors import ApiError
 from benthic.server.queue import Queue
@@ -76,9 +76,15 @@ def test_what_a_reader_has_not_taken_arrives_as_one_delta(scene, engine, eventua
     assert delta.finish_reason == "length"
 
 
-def test_merging_keeps_every_token_and_the_last_finish_reason():
-    parts = [Delta(3, [1, 2], [-0.1, -0.2], ""), Delta(3, [], [], ""), Delta(3, [5], [-0.5], "stop")]
-    assert merge(parts) == Delta(3, [1, 2, 5], [-0.1, -0.2, -0.5], "stop", tops=[])
+def test_merging_loses_nothing_of_a_delta():
+    place = PromptPlace(-1.0, 1, [])
+    parts = [
+        Delta(3, [1, 2], [-0.1, -0.2], "", [[(1, -0.1)], [(2, -0.2)]], 7, [None, place]),
+        Delta(3, [], [], "", [], 7),
+        Delta(3, [5], [-0.5], "stop", [[(5, -0.5)]], 7),
+    ]
+    whole = [[(1, -0.1)], [(2, -0.2)], [(5, -0.5)]]
+    assert merge(parts) == Delta(3, [1, 2, 5], [-0.1, -0.2, -0.5], "stop", whole, 7, [None, place])
     assert merge(parts[:1]) is parts[0]
     assert parts[0].token_ids == [1, 2]
 
