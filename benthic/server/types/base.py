@@ -25,7 +25,10 @@ def fault(text: str, name: str = "") -> PydanticCustomError:
 class Strict(BaseModel):
     """A JSON object whose fields have exactly their types. null is as good as absent where there is a default."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )  # fmt: skip
     HARMLESS: ClassVar[Mapping[str, str]] = {}
     """Fields that do not change the answer, with the reason. They are accepted and not read."""
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -86,6 +89,8 @@ def _names(model: type[BaseModel]) -> dict[str, bool]:
 
 
 def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
     whole = {name: schema.pop(name) for name in ("default", "description", "title") if name in schema}
     return {"anyOf": [schema, {"type": "null"}], **whole}
 
@@ -106,7 +111,9 @@ class Within:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         json_schema = handler(schema)
-        kind = json_schema.get("type", "object")
+        kind = json_schema.get("type")
+        if kind is None:  # a choice of shapes, each with bounds of its own
+            return json_schema
         low, high, meaning = LIMITS[self.name]
         names = {
             "string": ("minLength", "maxLength"),
