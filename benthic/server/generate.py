@@ -4,9 +4,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from benthic.server.answer import Answer
-from benthic.server.auth import Receive, Scope, Send, caller
+from benthic.server.asgi import Receive, Scope, Send
 from benthic.server.calls import reader
 from benthic.server.deliver import Reading, attended, patient, send_events, send_whole
+from benthic.server.gate import caller
 from benthic.server.prepare import Job, for_chat, for_completion
 from benthic.server.replies import ChatReplies, CompletionReplies, Replies, Spelled
 from benthic.server.route import Route, post

@@ -293,7 +293,7 @@ def _prompt_logprobs(ask: Sampling) -> int:
 def _requests(ask: Sampling, prompt: Prompt, params: SamplingParams) -> list[Request]:
     salt = ask.cache_salt or ""
     return [
-        Request(prompt_token_ids=list(prompt.ids), params=sample, priority=ask.priority, cache_salt=salt)
+        Request(prompt_token_ids=prompt.ids, params=sample, priority=ask.priority, cache_salt=salt)
         for sample in params.samples()
     ]
 
