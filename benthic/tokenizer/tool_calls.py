@@ -73,6 +73,11 @@ class ToolCallReader:
         self._pieces: list[ToolPiece] = []
         self.count = 0  # calls that have begun
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back now."""
+        return len(self._text)
+
     def feed(self, text: str) -> list[ToolPiece]:
         """What is certain of `text` and what was held back."""
         self._text += text

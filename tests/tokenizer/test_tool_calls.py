@@ -175,6 +175,7 @@ def test_little_is_held_back() -> None:
     for character in '{"a":1}':
         assert fenced.feed(character) == [ToolPiece(index=0, arguments=character)]
     assert [fenced.feed(character) for character in "\n``"] == [[], [], []]
+    assert (fenced.held, reader.held) == (3, 0)
     assert fenced.feed("x") == [ToolPiece(index=0, arguments="\n``x")]
 
 
