@@ -86,11 +86,6 @@ class ToolCallReader:
         pieces, self._pieces = self._pieces, []
         return pieces
 
-    @property
-    def held(self) -> int:
-        """Characters that are held back now."""
-        return len(self._text)
-
     def finish(self) -> list[ToolPiece]:
         """What was held back, once no more text comes: the beginning of a call is content, the arguments of a call that
         has begun end here."""
