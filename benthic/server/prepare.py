@@ -78,8 +78,8 @@ async def for_chat(service: Service, ask: ChatRequest) -> Job:
     lead = ask.messages[-1] if ask.echo else None
     prompt = Prompt(ids=rendered.ids, text=_text(lead.content) if isinstance(lead, AssistantMessage) else "")
     form, param = _form(ask, rendered.thinks)
-    if ask.calls in ("required", "named"):
-        form, param = _call_form(service, ask, rendered.thinks), "tool_choice"
+    if ask.calls in ("required", "named") or (ask.calls == "auto" and any(tool.function.strict for tool in ask.tools)):
+        form, param = _call_form(service, ask, rendered.thinks), "tools" if ask.calls == "auto" else "tool_choice"
     if param:
         await service.forms.check(form, param)
     params = _params(service, ask, prompt.ids, ask.most_tokens, form, "messages", ask.top_logprobs)
@@ -221,13 +221,17 @@ def _form(ask: Sampling, thinks: bool) -> tuple[StructuredOutputsParams, str]:
 
 
 def _call_form(service: Service, ask: ChatRequest, thinks: bool) -> StructuredOutputsParams:
-    """The form of an answer that must call a tool."""
+    """The form of an answer whose calls are bound."""
     name = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedChoice) else ""
     tools = [tool.model_dump(exclude_none=True) for tool in ask.tools]
+    free = ask.calls == "auto"
     try:
-        return calls.form(service.tokenizer, tools, name, parallel=ask.parallel_tool_calls, after_thinking=thinks)
+        return calls.form(
+            service.tokenizer, tools, name, parallel=ask.parallel_tool_calls, demanded=not free, after_thinking=thinks
+        )
     except InputError as error:
-        raise ApiError(400, f"tool_choice: {error}", param="tool_choice") from error
+        param = "tools" if free else "tool_choice"
+        raise ApiError(400, f"{param}: {error}", param=param) from error
 
 
 def _json(value: Any) -> str:
@@ -278,8 +282,9 @@ def _params(
             prompt_logprobs=_prompt_logprobs(ask),
             structured_outputs=form,
         )
-    except InputError as error:
-        raise ApiError(400, str(error)) from error
+    except InputError as error:  # of fields that do not go together
+        param = str(error).partition("=")[0]
+        raise ApiError(400, str(error), param=param if param in type(ask).model_fields else None) from error
 
 
 def _prompt_logprobs(ask: Sampling) -> int:

@@ -5,6 +5,7 @@ import json
 import sys
 
 import openai
+import pydantic
 import pytest
 
 from benthic.inference.config import EngineConfig
@@ -190,6 +191,38 @@ def test_a_call_can_be_demanded_of_any_tool_or_of_one(formed):
         assert set(json.loads(one.function.arguments)) == {"city"}
 
 
+def test_a_strict_tool_binds_the_calls_of_an_answer_that_is_otherwise_free(formed):
+    tokenizer = formed.service.tokenizer
+    loose = {"type": "function", "function": {**WEATHER["function"]}}
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    bias = {str(tokenizer.special["<｜tool▁calls▁begin｜>"]): 100}
+    for seed in range(3):
+        choice = ask(formed, tools=[strict], seed=seed, max_tokens=300, logit_bias=bias).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        for one in choice.message.tool_calls:
+            assert set(json.loads(one.function.arguments)) == {"city"}
+    free = ask(formed, tools=[loose], seed=0, max_tokens=50, logit_bias=bias).choices[0]
+    assert not free.message.tool_calls  # the model's own calls are none
+
+
+def test_the_clients_parse_works_for_formats_and_for_tools(formed):
+    class Place(pydantic.BaseModel):
+        city: str = pydantic.Field(max_length=4)
+
+    parsed = formed.client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, response_format=Place, seed=1, max_tokens=200
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Place)
+    tool = openai.pydantic_function_tool(Place)
+    assert tool["function"]["strict"]
+    parsed = formed.client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=1,
+        max_tokens=300,
+    )  # fmt: skip
+    (one,) = parsed.choices[0].message.tool_calls
+    assert isinstance(one.function.parsed_arguments, Place)
+
+
 @pytest.mark.parametrize(
     ("param", "fields"),
     [("response_format", {"response_format": {"type": "json_schema",
@@ -198,7 +231,9 @@ def test_a_call_can_be_demanded_of_any_tool_or_of_one(formed):
      ("structured_outputs", {"extra_body": {"structured_outputs": {"grammar": "root = x"}}}),
      ("tool_choice", {"tools": [{"type": "function", "function": {"name": "f", "strict": True,
                                                                   "parameters": {"not": {}}}}],
-                      "tool_choice": "required"})],
+                      "tool_choice": "required"}),
+     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]}),
+     ("min_tokens", {"tools": [TIME], "tool_choice": "required", "extra_body": {"min_tokens": 2}})],
 )  # fmt: skip
 def test_a_form_that_cannot_be_enforced_is_400_and_named(formed, param, fields):
     with pytest.raises(openai.BadRequestError) as caught:

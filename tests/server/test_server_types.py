@@ -144,7 +144,7 @@ BAD = [
     ("tools", [TOOL, TOOL]), ("tools", [TOOL] * 129), ("tools[0].type", [{"type": "custom"}]),
     ("tools[0].function.name", [{"type": "function", "function": {"name": "a b"}}]),
     ("tools", [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]),
-    ("tools[0].function.strict", [{"type": "function", "function": {"name": "f", "strict": True}}]),
+    ("tools[0].function.strict", [{"type": "function", "function": {"name": "f", "strict": 1}}]),
     ("tool_choice", "auto"), ("tool_choice", "any"), ("tool_choice", {"type": "function", "function": {"name": "g"}}),
     ("parallel_tool_calls", "no"),
     ("chat_template_kwargs", True), ("chat_template_kwargs.thinking", {"thinking": "yes"}),

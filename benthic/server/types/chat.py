@@ -128,9 +128,10 @@ class Function(Strict):
     name: Annotated[str, Within("function_name")]
     description: str | None = None
     parameters: JsonSchema | None = None
-    """JSON schema of the arguments. It binds them where tool_choice demands the call."""
+    """JSON schema of the arguments."""
     strict: bool = False
-    """Only where tool_choice demands the call: a free answer cannot be bound."""
+    """The arguments follow the schema. They do so anyway, as far as that can be enforced, where tool_choice demands the
+    call."""
 
     @model_validator(mode="after")
     def _plain_name(self) -> Self:
@@ -259,9 +260,6 @@ class ChatRequest(Sampling, Conversation):
             raise fault("names no function of tools", "tool_choice.function.name")
         if self.calls != "none" and (forms := self.forms()):
             raise fault("not together with tools that may be called; use tool_choice none", forms[0])
-        for i, tool in enumerate(self.tools):
-            if tool.function.strict and self.calls == "auto":
-                raise fault("only where tool_choice demands the call", f"tools[{i}].function.strict")
 
     @property
     def calls(self) -> str:
