@@ -36,7 +36,7 @@ from benthic.tokenizer.runs import Rendered
 from benthic.tokenizer.templates import ThinkingRefused
 from benthic.tokenizer.tokens import END_THINK, THINK
 
-LONG = 4096  # characters from which a prompt is made in a thread
+LONG = 4096  # characters or tokens from which they are worked on in a thread
 DEFAULT_TOKENS = 16  # of a completion whose request does not say
 Made = TypeVar("Made")
 
@@ -98,8 +98,7 @@ async def for_chat(service: Service, ask: ChatRequest) -> Job:
 
 async def for_completion(service: Service, ask: CompletionRequest) -> Job:
     """The job of plain prompts. ApiError 400 where one does not fit."""
-    size = sum(len(prompt) for prompt in ask.prompts if isinstance(prompt, str))
-    prompts = await _made(size, lambda: [_prompt(service, prompt, ask) for prompt in ask.prompts])
+    prompts = await made(sum(map(len, ask.prompts)), lambda: [_prompt(service, prompt, ask) for prompt in ask.prompts])
     form, param = _form(ask, False)
     if param:
         await service.forms.check(form, param)
@@ -125,16 +124,12 @@ async def render(service: Service, ask: Conversation) -> Rendered:
         message = "tools: the chat template or the tokenizer has no words for them; use a model that has"
         raise ApiError(400, message, param="tools")
     size = sum(len(_text(message.content)) for message in ask.messages) + len(_json(tools))
-    return await _made(size, lambda: _render(service, ask, tools))
+    if not service.tokenizer.template:
+        size = LONG  # an unknown template runs in a process of its own, which may take seconds
+    return await made(size, lambda: _render(service, ask, tools))
 
 
-async def encode(service: Service, text: str, begin: bool) -> list[int]:
-    """Ids of a text, after the begin-of-sentence token if asked for."""
-    ids = await _made(len(text), lambda: service.tokenizer.encode(text))
-    return [service.tokenizer.bos_id, *ids] if begin else ids
-
-
-async def _made(size: int, make: Callable[[], Made]) -> Made:
+async def made(size: int, make: Callable[[], Made]) -> Made:
     """What `make` returns: from a thread where it takes a while, so that the loop goes on."""
     return make() if size < LONG else await asyncio.to_thread(make)
 

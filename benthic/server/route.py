@@ -1,5 +1,6 @@
 """How routes are written: an endpoint with typed body and reply for /openapi.json, read by the strict types alone."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ ERRORS = {
     503: "The server drains or has failed",
     504: "The request was not done within its time",
 }
+LONG = 65536  # bytes from which a body is read in a thread, so that the loop goes on
 WITHOUT_BODY = (401, 403, 404, 405, 431, 500)
 
 
@@ -50,7 +52,9 @@ class Route(APIRoute):
         async def handle(request: Request) -> Answering:
             if self._read is None:
                 return await self.endpoint(**request.path_params)
-            return await self.endpoint(self._read(await request.body()))
+            body = await request.body()
+            ask = self._read(body) if len(body) < LONG else await asyncio.to_thread(self._read, body)
+            return await self.endpoint(ask)
 
         return handle
 

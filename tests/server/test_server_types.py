@@ -271,6 +271,14 @@ def test_a_large_value_costs_no_more_than_reading_it_and_is_not_quoted(name):
     assert len(error.message) < 300
 
 
+def test_a_body_of_very_many_lists_is_refused_before_it_is_read():
+    body = dump({**GOOD, "guided_choice": [[[]]] * 40_000})
+    start = time.thread_time()
+    error = refused(body)
+    assert time.thread_time() - start < 0.01
+    assert "brackets" in error.message
+
+
 def test_no_text_of_a_message_is_quoted_in_an_error():
     secret = "the secret word"
     for body in ({**GOOD, "messages": [{"role": "user", "content": [secret]}]}, {**GOOD, "stop": [secret * 20]}):
