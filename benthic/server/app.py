@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from benthic.base.errors import InputError, Interrupted
 from benthic.base.signals import leave_to_rank_0
@@ -24,7 +25,8 @@ except ModuleNotFoundError as missing:
 from benthic.inference.config import EngineConfig, StructuredOutputsParams
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
-from benthic.server import about, generate, tokens
+from benthic.server import about, generate, metrics, tokens
+from benthic.server.access import AccessLog, Decode, writer
 from benthic.server.config import ServeConfig
 from benthic.server.errors import ApiError
 from benthic.server.gate import OPEN_PATHS, Gate
@@ -54,11 +56,15 @@ def serve(config: ServeConfig) -> None:
         _load(config).follow()
         return
     keys = read_keys(config)
+    write = writer(config.access_log, sys.stderr)
     listener = bind(config.host, config.port)
     try:
         llm = _load(config)
         service = _service(config, llm)
-        app = build(service, config.host, keys, origins=config.allowed_origins)
+        app = build(
+            service, config.host, keys, origins=config.allowed_origins, engine=llm.engine, write=write,
+            decode=service.tokenizer.decode if config.log_prompts else None,
+        )  # fmt: skip
         server = Server(app, service.worker, config.shutdown_timeout)
         service.worker.run()
         gc.freeze()  # the model and all modules stay; collections that look at them stall the loop for 0.2 s
@@ -123,16 +129,24 @@ def build(
     *,
     open_paths: Sequence[bytes] = (*OPEN_PATHS, b"/"),
     origins: Sequence[str] = (),
-) -> Gate:
-    """The ASGI app: the gate, and the routes behind it, of which `more` come from outside this file. `open_paths`, the
-    static page's, need no key; pages of `origins` may ask."""
+    engine: Any = None,
+    write: Callable[[str], object] | None = None,
+    decode: Decode | None = None,
+) -> AccessLog:
+    """The ASGI app: the access log, the gate, and the routes, of which `more` come from outside this file. The static
+    page's `open_paths` need no key; pages of `origins` may ask; metrics read `engine`; `write` and `decode` are the
+    log's."""
+    counts = metrics.Metrics(service.name, service.worker.turns, engine)
+    service.worker.watch(counts)
     handled = (ApiError, HTTPException, ClientDisconnect, Exception)
     app = FastAPI(
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
         exception_handlers=dict.fromkeys(handled, _answer_error),
     )  # fmt: skip
-    app.router.routes.extend(routes(service, more))
-    return Gate(app, host, keys, open_paths=open_paths, origins=origins)
+    app.router.routes.extend(routes(service, [*metrics.routes(counts), *more]))
+    counts.know([route.path for route in app.router.routes if isinstance(route, Route)])
+    gate = Gate(app, host, keys, open_paths=open_paths, origins=origins)
+    return AccessLog(gate, counts, write, decode)
 
 
 def routes(service: Service, more: Sequence[BaseRoute] = ()) -> list[BaseRoute]:

@@ -30,6 +30,10 @@ class ServeConfig:
     """File with a key, or name:key, on each line. Names stand in the log; keys of one name are one client."""
     allowed_origins: UseAppendAction[tuple[str, ...]] = ()
     """Origin of web pages that may use the server beside its own, as https://app.example; repeat it for more."""
+    access_log: str = ""
+    """File that gets a line of JSON for every request; - is the error stream, empty none. It holds no text."""
+    log_prompts: bool = False
+    """Write the text of prompts into the access log."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -72,6 +76,8 @@ class ServeConfig:
             raise InputError(f"shutdown_timeout is {self.shutdown_timeout} -> use a number of seconds, 0 or more")
         if not (math.isfinite(self.request_timeout) and self.request_timeout > 0):
             raise InputError(f"request_timeout is {self.request_timeout} -> use a number of seconds above 0")
+        if self.log_prompts and not self.access_log:
+            raise InputError("log_prompts is on and there is no access_log -> add --access-log FILE, or leave it out")
         for origin in self.allowed_origins:
             if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin):
                 raise InputError(f"allowed_origins has {origin[:80]!r} -> write origins as https://app.example, or *")

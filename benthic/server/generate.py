@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from benthic.server.access import STREAM
 from benthic.server.answer import Answer
 from benthic.server.asgi import Receive, Scope, Send
 from benthic.server.calls import reader
@@ -32,6 +33,7 @@ class Generation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.service.worker.open(caller(scope)) as stream:
+            scope[STREAM] = stream
             await attended(receive, self._answer(stream, patient(send)))
 
     async def _answer(self, stream: Stream, send: Send) -> None:

@@ -81,7 +81,7 @@ class Worker:
     def __init__(self, engine: Engine, turns: Queue[Ticket], request_timeout: float = 3600.0):
         self._engine = engine
         self._watch: Watch = Unwatched()
-        self._turns = turns  # event loop only, like the next three
+        self.turns = turns  # event loop only, like the next three
         self._request_timeout = request_timeout
         self._open: set[Stream] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,7 +107,7 @@ class Worker:
             raise ApiError(503, self.refusal, code="unavailable", headers=(("retry-after", "1"),))
         begun = sum(not stream.tickets for stream in self._open if stream.client == client)
         try:
-            self._turns.check(client, begun + 1)
+            self.turns.check(client, begun + 1)
         except Full:
             raise self._full() from None
         self._loop = asyncio.get_running_loop()
@@ -117,11 +117,11 @@ class Worker:
 
     def submit(self, tickets: list[Ticket]) -> None:
         """Have the requests wait for their turns."""
-        most = self._turns.places + self._turns.max_waiting
+        most = self.turns.places + self.turns.max_waiting
         if len(tickets) > most:
             raise ApiError(400, f"{len(tickets)} answers in one call; this server makes at most {most} at once")
         try:
-            out = self._turns.add(tickets)
+            out = self.turns.add(tickets)
         except Full:
             raise self._full() from None
         now = self._now()
@@ -137,9 +137,9 @@ class Worker:
         running, now = [ticket for ticket in tickets if ticket.state == "running"], self._now()
         for ticket in tickets:
             if ticket.state == "waiting":
-                self._turns.leave(ticket)
+                self.turns.leave(ticket)
             else:
-                self._turns.end(ticket, now)
+                self.turns.end(ticket, now)
             self._ended(ticket, "error" if ticket.stream.failed else "abort", now)
         if running:
             self._inbox.put(partial(self._abort, running))
@@ -151,7 +151,7 @@ class Worker:
 
     def _start(self) -> None:
         """Hand the engine those whose turn it is."""
-        tickets = list(iter(self._turns.next, None))
+        tickets = list(iter(self.turns.next, None))
         if tickets:
             now = self._now()
             for ticket in tickets:
@@ -168,7 +168,7 @@ class Worker:
             if count:
                 self._count(ticket, delta, count, now)
             if delta.finish_reason:
-                self._turns.end(ticket, now)
+                self.turns.end(ticket, now)
                 self._ended(ticket, delta.finish_reason, now)
             ticket.stream.feed(ticket, delta)
         self._start()
@@ -176,8 +176,8 @@ class Worker:
     def _count(self, ticket: Ticket, delta: Delta, count: int, now: float) -> None:
         if not ticket.count:
             ticket.cached, ticket.first = delta.num_cached_tokens, now
-            self._turns.give(ticket, -ticket.cached)
-        self._turns.give(ticket, count)
+            self.turns.give(ticket, -ticket.cached)
+        self.turns.give(ticket, count)
         self._watch.arrived(ticket, count, now)
         ticket.count += count
         ticket.last = now
@@ -187,7 +187,7 @@ class Worker:
         self._watch.ended(ticket, now)
 
     def _full(self) -> ApiError:
-        wait = str(self._turns.retry_after(self._now()))
+        wait = str(self.turns.retry_after(self._now()))
         message = f"the queue is full -> try again in {wait} s"
         return ApiError(429, message, code="queue_full", headers=(("retry-after", wait),))
 

@@ -127,7 +127,7 @@ def eventually():
 @contextlib.contextmanager
 def running(
     engine, tokenizer, *, key="", capacity=8, max_queued=0, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0,
-    thinking=None, forms=None, origins=(),
+    thinking=None, forms=None, origins=(), **front,
 ):  # fmt: skip
     """A server on a free port with clients of it; closed and checked at the end."""
     worker = Worker(engine, Queue(capacity, max_queued, 2**20))
@@ -136,7 +136,9 @@ def running(
         forms=forms or Forms(),
     )  # fmt: skip
     listener = bind("127.0.0.1", 0)
-    server = Server(build(service, host, Keys([key] if key else []), origins=origins), worker, shutdown_timeout)
+    server = Server(
+        build(service, host, Keys([key] if key else []), origins=origins, **front), worker, shutdown_timeout
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
     worker.run()
     thread.start()

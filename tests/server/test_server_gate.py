@@ -158,7 +158,7 @@ def test_without_allowed_origins_there_is_no_cors(locked):
 def test_all_bodies_together_are_bounded(launch, raw, monkeypatch, eventually):
     monkeypatch.setattr(gate, "LIMITS", {**LIMITS, "all_body_bytes": LIMITS["all_body_bytes"]._replace(high=1000)})
     server = launch()
-    held = server.server.config.app
+    held = server.server.config.app._app
     lines = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Length: 900")
     waiting = raw(server.port, "\r\n".join([*lines, "", ""]).encode() + b" " * 800)
     assert eventually(lambda: held._held == 800)
