@@ -7,6 +7,8 @@ import sys
 import openai
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benthic.inference.config import EngineConfig
 from benthic.inference.llm import LLM
@@ -14,12 +16,15 @@ from benthic.model.config import ModelConfig
 from benthic.model.hf import write_model
 from benthic.model.init import initialise
 from benthic.model.transformer import Transformer
+from benthic.server.answer import Answer, Style
 from benthic.server.app import _compiler
+from benthic.server.calls import reader
 from benthic.server.prepare import for_chat
 from benthic.server.service import Forms
 from benthic.server.types.chat import ChatRequest
 from benthic.server.wire import dump
 from benthic.tokenizer import bpe, chat
+from benthic.tokenizer.tokens import TOOLS
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 WHERE = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 4}}, "required": ["city"],
@@ -133,6 +138,32 @@ def test_a_format_without_tools_refuses_them(launch, engine, tokenizer):
         ask(launch(), tools=[TIME])
     assert caught.value.param == "tools"
     ask(launch(), tools=[TIME], tool_choice="none")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pieces_of_an_answer_with_calls_do_not_depend_on_how_many_tokens_arrive_at_once(able, name):
+    tokenizer = able.with_template(name)
+    around = sorted(tokenizer.special[token] for token in TOOLS)
+    good = script(tokenizer, "now", ("weather", '{"city": "x"}'), ("time", "{}"))
+
+    def read(ids, cuts):
+        answer, pieces, rest = Answer(tokenizer, Style(stop=("hello",)), reader(tokenizer, True)), [], list(ids)
+        for cut in [*cuts, len(rest)]:
+            part, rest = rest[:cut], rest[cut:]
+            pieces += answer.feed(part, [-float(id) for id in part])
+        pieces += answer.finish()
+        assert [token.id for piece in pieces for token in piece.tokens] == list(ids[: answer.tokens])
+        return [piece._replace(calls=tuple(call._replace(id="") for call in piece.calls)) for piece in pieces]
+
+    token = st.sampled_from(around) | st.sampled_from(good) | st.integers(3, tokenizer.vocab_size - 1)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(token, max_size=20), st.integers(0, len(good)), st.lists(st.integers(1, 4), max_size=30))
+    def check(ids, begin, cuts):
+        whole = good[:begin] + ids
+        assert read(whole, cuts) == read(whole, [1] * len(whole))
+
+    check()
 
 
 # With grammars, on a real model with random weights
