@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from benthic.server.asgi import Receive, Scope, Send
 from benthic.server.types.replies import ErrorReply
@@ -42,9 +42,31 @@ Endpoint = Callable[..., Awaitable[Answering]]
 class Route(APIRoute):
     """FastAPI reads the endpoint's signature for the schema; a request's body goes to `read` as it came."""
 
-    def __init__(self, path: str, endpoint: Endpoint, *, read: Callable[[bytes], Any] | None, **about: Any):
+    def __init__(
+        self,
+        path: str,
+        endpoint: Endpoint,
+        *,
+        read: Callable[[bytes], Any] | None,
+        methods: list[str],
+        summary: str,
+        responses: dict[int | str, dict[str, Any]],
+        response_model: Any = None,
+        response_class: type[Response] = JSONResponse,
+        status_code: int = 200,
+    ):
+        """`read` None: there is no body to read. `responses` are the errors, `status_code` that of `response_model`."""
         self._read = read
-        super().__init__(path, endpoint, **about)
+        super().__init__(
+            path,
+            endpoint,
+            methods=methods,
+            summary=summary,
+            responses=responses,
+            response_model=response_model,
+            response_class=response_class,
+            status_code=status_code,
+        )
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         """Called by FastAPI, once."""
