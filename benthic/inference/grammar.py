@@ -28,6 +28,7 @@ from benthic.base.errors import BenthicError, InputError
 from benthic.inference import schema
 from benthic.inference.config import StructuredOutputsParams
 from benthic.tokenizer.tokenizer import Tokenizer
+from benthic.tokenizer.tokens import CALLS
 from benthic.tokenizer.tool_calls import MARKS
 
 NO_TEXT = b"\xff"  # what no text in UTF-8 has: so a token is allowed only where a form names its id
@@ -70,7 +71,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: Limits = LIMITS):
         self._xgrammar = _import()
         self.limits, self.vocab_size, self.eos_id = limits, vocab_size, tokenizer.eos_id
-        self.think_end = tokenizer.special.get(THINK_END)
+        self.think_end, self.calls = (tokenizer.special.get(name) for name in (THINK_END, CALLS))
         vocab = [tokenizer.bytes_of(id) for id in range(min(vocab_size, tokenizer.vocab_size))]
         for name, id in tokenizer.special.items():  # text does not write them: without bytes a token is never allowed
             if id < len(vocab):
@@ -93,6 +94,7 @@ class Grammars:
         return Matcher(
             self._xgrammar.GrammarMatcher(compiled),
             self._json_tokens if params.form[0] in ("json", "structural_tag") else None,
+            self.calls if params.form[0] == "structural_tag" else None,
             self.eos_id,
             self.think_end if params.after_thinking else None,
             self.limits.token_seconds,
@@ -149,9 +151,13 @@ class Grammars:
 class Matcher:
     """Where one answer stands in its form. Preemption changes nothing: it follows tokens, not latents."""
 
-    def __init__(self, matcher: Any, tokens: Tensor | None, eos_id: int, think_end: int | None, seconds: float):
-        """`tokens` [ceil(V / 32)] are the only ones that any place of the form allows; None: that is up to the form."""
-        self._matcher, self._tokens, self._eos_id = matcher, tokens, eos_id
+    def __init__(
+        self, matcher: Any, tokens: Tensor | None, begin: int | None, eos_id: int, think_end: int | None,
+        seconds: float,
+    ):  # fmt: skip
+        """`tokens` [ceil(V / 32)] are the only ones that any place of the form allows, or where there is a `begin`, any
+        place after that token; None: that is up to the form."""
+        self._matcher, self._tokens, self._begin, self._eos_id = matcher, tokens, begin, eos_id
         self._think_end, self._seconds = think_end, seconds
         self.slow = False  # some token took too long: the form explodes, and the request should be ended
 
@@ -165,6 +171,8 @@ class Matcher:
                 raise BenthicError(
                     f"token {id} does not fit the form of its answer -> apply the bitmask before choosing"
                 )
+            elif id == self._begin:
+                self._begin = None
         self.slow |= time.thread_time() - begin > self._seconds * max(1, len(ids))
 
     def fill(self, row: Tensor) -> None:
@@ -178,7 +186,7 @@ class Matcher:
         else:
             begin = time.thread_time()
             self._matcher.fill_next_token_bitmask(row)
-            if self._tokens is not None:
+            if self._tokens is not None and self._begin is None:
                 row &= self._tokens
             self.slow |= time.thread_time() - begin > self._seconds
 

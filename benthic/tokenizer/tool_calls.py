@@ -118,7 +118,7 @@ class ToolCallReader:
                 self.count += 1
                 self._text, self._state = tail[len(self._middle) :], self._arguments
                 return True
-            if self._middle.startswith(tail) and (name or not tail):
+            if self._middle.startswith(tail):
                 return False
         elif self._before.startswith(rest):
             return False

@@ -161,6 +161,20 @@ def test_tokens_around_calls_are_allowed_only_where_a_form_names_them(grammars, 
     assert allowed(grammars, matcher) == {tokenizer.special[tokens.CALL]}
 
 
+def test_text_before_calls_may_hold_what_json_may_not(grammars, tokenizer) -> None:
+    """Tabs, say."""
+    (tab,), calls = tokenizer.encode("\t"), tokenizer.special[tokens.CALLS]
+    end = {"type": "token", "token": tokenizer.special[tokens.END_CALLS]}
+    inside = {"type": "json_schema", "json_schema": {"type": "string"}}
+    tag = {"type": "tag", "begin": {"type": "token", "token": calls}, "content": inside, "end": end}
+    triggered = {"type": "token_triggered_tags", "trigger_tokens": [calls], "tags": [tag]}
+    free = StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": triggered})
+    matcher = grammars.matcher(free)
+    assert {tab, calls, tokenizer.eos_id} <= allowed(grammars, matcher)
+    matcher.accept([tab, calls, *tokenizer.encode('"')])
+    assert tab not in allowed(grammars, matcher)
+
+
 def allowed(grammars: Grammars, matcher: Any) -> set[int]:
     row = bitmask([matcher], grammars.vocab_size)[0]
     return {id for id in range(grammars.vocab_size) if row[id // 32] >> (id % 32) & 1}

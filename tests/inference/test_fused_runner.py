@@ -117,7 +117,7 @@ def test_log_probabilities_of_prompts_beside_answers_that_run_ahead_are_those_of
         first, second, urgent = prompts(20, 36, 33)
         for prompt in (first, second):
             engine.add(Request(prompt_token_ids=prompt, params=asked))
-        outputs = [output for _ in range(2) for output in engine.step().outputs]
+        outputs = list(engine.step().outputs)
         engine.add(Request(prompt_token_ids=urgent, params=asked, priority=-1))
         while engine.busy:
             outputs += engine.step().outputs
