@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benthic.inference.config import SamplingParams
+from benthic.inference.gpu import sent
 from benthic.inference.request import Seq
 
 COLDEST, HOTTEST = 1e-37, 1e37  # temperatures that float32 can divide by
@@ -79,7 +80,7 @@ def build(seqs: Sequence[Seq], device: torch.device | str) -> Controls | None:
     greedy = [p.greedy for p in params]
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return sent(values, dtype, device)
 
     def limit(values: list[float], unused: float, dtype: torch.dtype) -> Limit | None:
         rows = [row for row, value in enumerate(values) if value != unused and not greedy[row]]
@@ -117,7 +118,7 @@ def _shaped(seq: Seq) -> bool:
 
 
 def _some(rows: list[int], count: int, device: torch.device | str) -> Tensor | None:
-    return None if len(rows) == count else torch.tensor(rows, dtype=torch.int64, device=device)
+    return None if len(rows) == count else sent(rows, torch.int64, device)
 
 
 def _additions(seqs: list[Seq], device: torch.device | str) -> Additions | None:
@@ -134,8 +135,8 @@ def _additions(seqs: list[Seq], device: torch.device | str) -> Additions | None:
     if not entries:
         return None
     rows, ids, values, until = zip(*entries)
-    indices = torch.tensor((rows, ids, until), dtype=torch.int64, device=device)
-    return Additions(indices[0], indices[1], torch.tensor(values, dtype=torch.float32, device=device), indices[2])
+    indices = sent((rows, ids, until), torch.int64, device)
+    return Additions(indices[0], indices[1], sent(values, torch.float32, device), indices[2])
 
 
 def _penalties(seqs: list[Seq], places: list[int], device: torch.device | str) -> Penalties | None:
@@ -144,13 +145,9 @@ def _penalties(seqs: list[Seq], places: list[int], device: torch.device | str) -
     if not rows:
         return None
     params = [seqs[row].params for row in rows]
-    integers = torch.tensor(
-        (rows, [places[row] for row in rows], [seqs[row].prompt_len for row in rows]), device=device
-    )
-    reals = torch.tensor(
-        [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params],
-        dtype=torch.float32,
-        device=device,
-    )
+    columns = rows, [places[row] for row in rows], [seqs[row].prompt_len for row in rows]
+    integers = sent(columns, torch.int64, device)
+    factors = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
+    reals = sent(factors, torch.float32, device)
     repetition = reals[:, 0] if any(p.repetition_penalty != 1 for p in params) else None
     return Penalties(integers[0], integers[1], integers[2], repetition, reals[:, 1], reals[:, 2])

@@ -25,7 +25,7 @@ from benthic.inference.ahead import Ends
 from benthic.inference.config import EngineConfig
 from benthic.inference.controls import Controls
 from benthic.inference.fused import Fused, Tokens
-from benthic.inference.gpu import Cuda, Staging
+from benthic.inference.gpu import Cuda, Staging, sent
 from benthic.inference.packed import (
     Chunks,
     DecodeRows,
@@ -251,13 +251,12 @@ class FusedRunner:
         self, plan: Plan, chunks: Chunks, hidden: Tensor, begin: int, mask: Tensor | None
     ) -> tuple[Ends, Tensor]:
         """The same of chunks, whose hidden states are given; `begin` tokens stand before them."""
-        d, seqs = plan.decode, plan.seqs[plan.decode :]
+        seqs = plan.seqs[plan.decode :]
         controls, position = controls_of.build(seqs, self.device), chunks.tokens[1][chunks.last]
         logits = self.forward.logits(hidden[chunks.last]).unsqueeze(1)
         choice = self._choose(logits, controls, position + 1, partial(self._listed, seqs), mask)
-        whole = torch.tensor([s + c == seq.fill for seq, s, c in zip(seqs, plan.starts[d:], plan.counts[d:])])
         known = chunks.next_ids[chunks.last]
-        last = torch.where(whole.to(self.device), choice.tokens[:, 0], known)
+        last = torch.where(known < 0, choice.tokens[:, 0], known)
         next_ids = chunks.next_ids.index_copy(0, chunks.last, last)
         one, last = torch.ones_like(position), last.unsqueeze(1)
         verified = verify(last, one, last, position, chunks.table, plan.drafts, self.config.page_size)
@@ -295,7 +294,7 @@ class FusedRunner:
     def _listed(self, seqs: list[Seq]) -> Tensor:
         """The ids of prompts."""
         longest = max(len(seq.ids) for seq in seqs)
-        return torch.tensor([seq.ids + [0] * (longest - len(seq.ids)) for seq in seqs], device=self.device)
+        return sent([seq.ids + [0] * (longest - len(seq.ids)) for seq in seqs], torch.int64, self.device)
 
     def _to_host(self, chosen: Chosen) -> Chosen:
         choice = Choice(*(None if t is None else self._copied(t) for t in chosen.choice))  # type: ignore[arg-type]

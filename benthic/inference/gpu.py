@@ -1,7 +1,7 @@
 """What a runner asks of a GPU beside computing: memory that copies need not wait for, events, graphs."""
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,13 @@ from torch import Tensor
 from benthic.base.errors import InputError
 
 T = TypeVar("T")
+
+
+def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Numbers, or rows of them, as a tensor on the device, which need not have done its earlier work for that: a copy
+    from ordinary memory would wait."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 class Cuda:

@@ -1,6 +1,6 @@
 """A linear layer with FP8 weights, in the way that fits the number of tokens.
 
-Up to four: a program for a few rows of the weights, which it fetches while the kernel before still runs (chain.py);
+One or two: a program for a few rows of the weights, which it fetches while the kernel before still runs (chain.py);
 activations stay as they are and take the factors of the weights' blocks. More: activations become E4M3 too, per token
 and block of 128 columns, and products stay in FP8; per block of 128 summed columns the partial sum of the tensor cores,
 times the factors of both sides, joins the float32 total (V3 Sec 3.3.2). The weights' rows are the tall side of the
@@ -13,7 +13,7 @@ Letters: N tokens, d inputs, M outputs.
 """
 
 # What static_range and tuples are inside a kernel, their types do not say.
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass
 
@@ -25,34 +25,34 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from benthic.kernels import chain
-from benthic.kernels.gemv import fetch, fetch_vector, tiles_of
+from benthic.kernels.gemv import fetch, fetch_factors, times_blocks
 from benthic.kernels.moe_fp8 import quantise
 from benthic.kernels.quant import BLOCK, dequantise_blocks, dequantise_rows, quantise_rows
 
-FEW = 4  # tokens up to which the weights are better read row by row
+FEW = 2  # tokens up to which the weights are better read row by row
 MANY = 1_400_000  # elements of the product from which the library's is faster
 
 
 @triton.jit
 def _rows(
-    x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows, which share their factors, times every token; the weights are fetched before the tokens are there."""
+    """BLOCK rows, which share their factors, times every token. PART columns of weights, as many as the threads hold,
+    and their factors are fetched before the tokens are there."""
     chain.begin(CHAINED)
     first = tl.program_id(0) * BLOCK
-    m, of_rows = first + tl.arange(0, BLOCK), factors + first // 128 * tl.cdiv(D, 128)
-    tiles = fetch(weight + m.to(tl.int64) * D, m < M, D, D, CHUNK)
+    m = first + tl.arange(0, BLOCK)
+    rows, inside, factors = weight + m.to(tl.int64) * D, m < M, factors + first // 128 * tl.cdiv(D, 128)
+    tiles, each = fetch(rows, inside, D, PART, 128), fetch_factors(factors, D, PART)
     chain.wait(CHAINED)
     for token in range(N):
-        total = tl.zeros([BLOCK, CHUNK], tl.float32)
-        for start in tl.static_range(0, D, CHUNK):
-            d = start + tl.arange(0, CHUNK)
-            inside = tl.broadcast_to((d < D)[None, :], BLOCK, CHUNK)
-            factor = tl.load(tl.broadcast_to((of_rows + d // 128)[None, :], BLOCK, CHUNK), mask=inside, other=0.0)
-            column = fetch_vector(x + token * stride_x, D, start, BLOCK, CHUNK) * factor
-            total += tiles[start // CHUNK].to(tl.float32) * column
-        tl.store(out + token * M + m, tl.sum(total, 1).to(out.dtype.element_ty), mask=m < M)
+        total = times_blocks(tiles, each, x + token * stride_x, D, PART, BLOCK)
+        for begin in range(PART, D, PART):
+            others, theirs = fetch(rows + begin, inside, D - begin, PART, 128), factors + begin // 128
+            theirs = fetch_factors(theirs, D - begin, PART)
+            total += times_blocks(others, theirs, x + token * stride_x + begin, D - begin, PART, BLOCK)
+        tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,18 +86,22 @@ def _tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Numbers in a tile, at most 16,384: 8 bytes per thread, because their factors take registers too."""
+    """Rows of a program, a divisor of 128, and columns whose loads are all under way at once, 8 bytes per thread and
+    load. With at most `maxnreg` registers per thread, spilling some, more programs fetch before they wait."""
 
-    tile: int = 1024
+    block: int = 8
+    part: int = 2048
     num_warps: int = 4
+    maxnreg: int = 128
 
     def product(self, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
         """x [N, d], rows contiguous in themselves -> x W^T [N, M]."""
-        (n, d), m, tiles = x.shape, len(weight), tiles_of(x.shape[1], self.tile)
+        (n, d), m = x.shape, len(weight)
         out = torch.empty(n, m, dtype=x.dtype, device=x.device)
-        _rows[(triton.cdiv(m, tiles["BLOCK"]),)](
-            x, weight, factors, out, x.stride(0), n, m, D=d, **tiles, num_warps=self.num_warps,  # pyright: ignore
-            **chain.options(x),
+        _rows[(triton.cdiv(m, self.block),)](
+            x, weight, factors, out, x.stride(0), n, m, D=d, BLOCK=self.block,  # pyright: ignore
+            PART=min(self.part, -(-d // BLOCK) * BLOCK),
+            num_warps=self.num_warps, maxnreg=self.maxnreg, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return out
 

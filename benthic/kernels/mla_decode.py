@@ -218,7 +218,7 @@ def _attend(
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
     into = out + (head * stride_oh + n * stride_on if SPLITS == 1 else part * R)
     if SPLITS > 1:
-        tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-38)), mask=real)
+        tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-37)), mask=real)
     for i in tl.static_range(PARTS):
         values = (tl.trans(accs[i]) if SWAP else accs[i]) * inverse[:, None]
         values = _reordered(values.to(out.dtype.element_ty), FORMAT)

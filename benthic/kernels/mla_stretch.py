@@ -71,7 +71,7 @@ def _stretch(
     p = tl.exp2(s - tl.where(top > float("-inf"), top, 0.0)[:, None])  # nothing visible: all weights are 0, none NaN
     total = tl.sum(p, 1)
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
-    tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-38)), mask=pair < Q * H)
+    tl.store(lse + part, top + tl.log2(tl.maximum(total, 1e-37)), mask=pair < Q * H)
     for i in tl.static_range(PARTS):
         value = tl.dot(p.to(tile[i].dtype), tile[i], input_precision="ieee") * inverse[:, None]
         tl.store(out + (part * R + i * (R // PARTS))[:, None] + column[None, :], value, mask=real)

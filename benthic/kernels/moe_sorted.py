@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import chain
 from benthic.kernels.moe_weights import ExpertWeights, swiglu
 
 
 @triton.jit
-def _swiglu(gate_up, out, stride, I: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(gate_up, out, stride, I: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
+    chain.begin(CHAINED)
+    chain.wait(CHAINED)
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = i < I, gate_up + row * stride + i
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -32,7 +35,7 @@ def silu_times_up(gate_up: Tensor) -> Tensor:
     if n:
         block = min(triton.next_power_of_2(width), 1024)
         grid = (n, triton.cdiv(width, block))
-        _swiglu[grid](gate_up, out, gate_up.stride(0), I=width, BLOCK=block)  # pyright: ignore[reportArgumentType]
+        _swiglu[grid](gate_up, out, gate_up.stride(0), I=width, BLOCK=block, **chain.options(gate_up))  # pyright: ignore
     return out
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from benthic.inference.request import Delta, PromptPlace
@@ -9,7 +10,7 @@ from benthic.server.answer import Answer, Piece, Token, joined
 from benthic.server.asgi import Message, Receive, Send
 from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
-from benthic.server.prepare import Job
+from benthic.server.prepare import Job, made
 from benthic.server.replies import Replies, Whole
 from benthic.server.stream import Stream
 from benthic.server.types.replies import FinishReason, Usage
@@ -99,7 +100,8 @@ class Reading:
 async def send_whole(reading: Reading, replies: Replies, send: Send) -> None:
     """All answers at once."""
     wholes = await reading.wholes()
-    body = dump(replies.whole(wholes, reading.usage))
+    size = sum(len(whole.piece.tokens) + len(whole.places or ()) for whole in wholes)
+    body = await made(size, lambda: dump(replies.whole(wholes, reading.usage)))
     await _start(send, "application/json")
     await send({"type": "http.response.body", "body": body})
 
@@ -117,7 +119,7 @@ async def send_events(reading: Reading, replies: Replies, include_usage: bool, s
                 opening = replies.opening(index)
                 events += event(opening) if opening is not None else b""
             if any(piece) or reason:
-                events += event(replies.chunk(index, piece, reason))
+                events += await made(len(piece.tokens), partial(_chunk, replies, index, piece, reason))
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
         end = event(replies.last(reading.usage)) if include_usage else b""
@@ -127,6 +129,10 @@ async def send_events(reading: Reading, replies: Replies, include_usage: bool, s
             raise
         await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
     await send({"type": "http.response.body", "body": b""})
+
+
+def _chunk(replies: Replies, index: int, piece: Piece, reason: FinishReason | None) -> bytes:
+    return event(replies.chunk(index, piece, reason))
 
 
 def patient(send: Send) -> Send:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from benthic.server.access import STREAM
 from benthic.server.answer import Answer
 from benthic.server.asgi import Receive, Scope, Send
+from benthic.server.calls import reader
 from benthic.server.deliver import Reading, attended, patient, send_events, send_whole
 from benthic.server.gate import caller
 from benthic.server.prepare import Job, for_chat, for_completion
@@ -27,6 +28,8 @@ class Generation:
     ask: Sampling
     prepare: Callable[[], Awaitable[Job]]
     replies: Replies
+    parallel: bool = True
+    """Whether an answer may hold several tool calls."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.service.worker.open(caller(scope)) as stream:
@@ -38,7 +41,9 @@ class Generation:
         stream.start(job.requests, deadline=self.ask.timeout)
         spelling = self.service.tokenizer
         answers = [
-            Answer(spelling, job.style, begin=len(job.prompts[i // job.n].text)) for i in range(len(job.requests))
+            Answer(spelling, job.style, reader(spelling, self.parallel) if job.calls else None, len(prompt.text))
+            for prompt in job.prompts
+            for _ in range(job.n)
         ]
         reading = Reading(stream, job, answers)
         options = self.ask.stream_options
@@ -66,6 +71,7 @@ class Generating:
             ask=ask,
             prepare=lambda: for_chat(self.service, ask),
             replies=ChatReplies(self.service.name, spelled, ask.logprobs, ask.prompt_logprobs),
+            parallel=ask.parallel_tool_calls,
         )
 
     async def completion(self, ask: CompletionRequest) -> Generation:

@@ -22,6 +22,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "header_count": Limit(0, 100, "header lines of a request"),
         "header_bytes": Limit(0, 16 * 1024, "bytes of all header names and values"),
         "body_bytes": Limit(0, 2 * 1024 * 1024, "bytes of a request body"),
+        "brackets": Limit(0, 2**16, "opening brackets of a body, those in texts included"),
         "all_body_bytes": Limit(0, 256 * 1024 * 1024, "bytes of the bodies of all requests together"),
         "connections": Limit(0, 4096, "connections; half as many where the system allows fewer open files"),
         "head_seconds": Limit(0, 20, "seconds a client may take to send the head of a request"),

@@ -12,6 +12,7 @@ from benthic.server.about import version
 from benthic.server.types import replies
 from benthic.server.types.chat import ChatRequest
 from benthic.server.types.completions import CompletionRequest
+from benthic.server.types.replies import ErrorReply
 from benthic.server.types.tokens import DetokenizeRequest, TokenizeChat, TokenizeText
 
 STREAMS = {"/v1/chat/completions": "ChatChunk", "/v1/completions": "CompletionReply"}
@@ -34,6 +35,9 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     for path, operations in whole["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            for status, answer in operation["responses"].items():
+                if status != "200":  # errors are JSON whatever the route gives else
+                    answer["content"] = {"application/json": {"schema": {"$ref": f"{REF}{ErrorReply.__name__}"}}}
             if path in STREAMS:
                 stream = {"schema": {"$ref": REF + STREAMS[path]}}
                 operation["responses"]["200"]["content"]["text/event-stream"] = stream

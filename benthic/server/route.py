@@ -1,11 +1,12 @@
 """How routes are written: an endpoint with typed body and reply for /openapi.json, read by the strict types alone."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from benthic.server.asgi import Receive, Scope, Send
 from benthic.server.types.replies import ErrorReply
@@ -25,6 +26,7 @@ ERRORS = {
     503: "The server drains or has failed",
     504: "The request was not done within its time",
 }
+LONG = 65536  # bytes from which a body is read in a thread, so that the loop goes on
 WITHOUT_BODY = (401, 403, 404, 405, 431, 500)
 
 
@@ -40,9 +42,31 @@ Endpoint = Callable[..., Awaitable[Answering]]
 class Route(APIRoute):
     """FastAPI reads the endpoint's signature for the schema; a request's body goes to `read` as it came."""
 
-    def __init__(self, path: str, endpoint: Endpoint, *, read: Callable[[bytes], Any] | None, **about: Any):
+    def __init__(
+        self,
+        path: str,
+        endpoint: Endpoint,
+        *,
+        read: Callable[[bytes], Any] | None,
+        methods: list[str],
+        summary: str,
+        responses: dict[int | str, dict[str, Any]],
+        response_model: Any = None,
+        response_class: type[Response] = JSONResponse,
+        status_code: int = 200,
+    ):
+        """`read` None: there is no body to read. `responses` are the errors, `status_code` that of `response_model`."""
         self._read = read
-        super().__init__(path, endpoint, **about)
+        super().__init__(
+            path,
+            endpoint,
+            methods=methods,
+            summary=summary,
+            responses=responses,
+            response_model=response_model,
+            response_class=response_class,
+            status_code=status_code,
+        )
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         """Called by FastAPI, once."""
@@ -50,7 +74,9 @@ class Route(APIRoute):
         async def handle(request: Request) -> Answering:
             if self._read is None:
                 return await self.endpoint(**request.path_params)
-            return await self.endpoint(self._read(await request.body()))
+            body = await request.body()
+            ask = self._read(body) if len(body) < LONG else await asyncio.to_thread(self._read, body)
+            return await self.endpoint(ask)
 
         return handle
 

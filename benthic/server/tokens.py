@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from starlette.responses import Response
 
-from benthic.server.prepare import encode, render
+from benthic.server.prepare import made, render
 from benthic.server.route import Route, get, json_response, post
 from benthic.server.service import Service
 from benthic.server.types.replies import DetokenizeReply, TokenizeReply, TokenizerInfo
@@ -26,12 +26,14 @@ class Tokens:
         elif ask.prompt in tokenizer.special:  # how clients ask for the id of an end of sentence
             ids = [tokenizer.id_of(ask.prompt)]
         else:
-            ids = await encode(self.service, ask.prompt, ask.add_special_tokens)
+            ids = await made(len(ask.prompt), lambda: tokenizer.encode(ask.prompt))
+            ids = [tokenizer.bos_id, *ids] if ask.add_special_tokens else ids
+        texts = await made(len(ids), lambda: [tokenizer.decode([id]) for id in ids]) if ask.return_token_strs else None
         reply: TokenizeReply = {
             "count": len(ids),
             "max_model_len": self.service.max_model_len,
             "tokens": ids,
-            "token_strs": [tokenizer.decode([id]) for id in ids] if ask.return_token_strs else None,
+            "token_strs": texts,
         }
         return json_response(reply)
 
@@ -39,7 +41,8 @@ class Tokens:
         """The text of ids, control tokens included."""
         self.service.check_model(ask.model)
         self.service.check_ids(ask.tokens, "tokens")
-        reply: DetokenizeReply = {"prompt": self.service.tokenizer.decode(ask.tokens)}
+        text = await made(len(ask.tokens), lambda: self.service.tokenizer.decode(ask.tokens))
+        reply: DetokenizeReply = {"prompt": text}
         return json_response(reply)
 
     async def info(self) -> Response:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from benthic.server.errors import ApiError
+from benthic.server.limits import LIMITS
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,13 +22,15 @@ def event(value: Any) -> bytes:
 
 def decode(body: bytes) -> dict[str, Any]:
     """The JSON object in a request body. ApiError 400 for anything else, without quoting it."""
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets > LIMITS["brackets"].high:  # lists of lists take far more time and memory than bytes
+        message = f"the body has {brackets:,} opening brackets; use at most {LIMITS['brackets'].high:,}"
+        raise ApiError(400, message, code="invalid_json")
     whole = True
     try:
         fields = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # JSON's \\ud800 alone is not Unicode that UTF-8 can carry
-            whole = False
+        if b"\\u" in body:  # JSON's \\ud800 alone is not Unicode that UTF-8 can carry
+            whole = _whole(json.dumps(fields, ensure_ascii=False))
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply -> send a flat JSON object", code="invalid_json") from None
     except ValueError as error:
@@ -57,7 +60,11 @@ def _half(fields: dict[str, Any]) -> str:
 
 
 def _whole(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_constant(name: str) -> float:

@@ -89,7 +89,13 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def seen(outputs: list[Output]) -> list[Any]:
-    return [[o.token_ids, [round(p, 3) for p in o.logprobs], o.finish_reason] for o in outputs]
+    return [[o.token_ids, [round(p, 3) for p in o.logprobs], o.finish_reason, prompt_of(o)] for o in outputs]
+
+
+def prompt_of(output: Output) -> list[Any]:
+    """What it says of its prompt."""
+    places = [place for place in output.prompt_logprobs or [] if place is not None]
+    return [[round(p.logprob, 3), p.rank, [[token, round(top, 3)] for token, top in p.top]] for p in places]
 
 
 def compare(
@@ -216,7 +222,8 @@ def run(case: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         case "v3 placed":
             return compare(ranks, V3, PLACED, some, **drafting)
         case "v3 chunks":
-            return compare(ranks, V3, PLACED, some, max_num_batched_tokens=16)
+            of_prompt = dataclasses.replace(GREEDY, prompt_logprobs=2)
+            return compare(ranks, V3, PLACED, some, of_prompt, max_num_batched_tokens=16)
         case "v2":
             return compare(ranks, V2, SLICED, some)
         case "v2 placed":

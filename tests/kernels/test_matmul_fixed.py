@@ -40,8 +40,9 @@ def test_a_tokens_products_are_the_same_bits_in_any_company(device) -> None:
 
 
 def test_the_fastest_way_does_not_promise_that(device) -> None:
-    """The negative control: one token alone is summed by another kernel than among eight."""
-    x, weight = random(device, 8, 1000), random(device, 600, 1000)
+    """The negative control: one token alone is summed by another kernel than among eight. Rounding to bfloat16 hides
+    the difference in all but one of some thousand numbers."""
+    x, weight = random(device, 8, 1000), random(device, 100_000 if device == "cuda" else 600, 1000)
     assert not torch.equal(fastest(x[:1], weight), fastest(x, weight)[:1])
     assert torch.equal(linear(x[:1], weight), linear(x, weight)[:1])
 

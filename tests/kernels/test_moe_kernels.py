@@ -28,7 +28,7 @@ from benthic.model.moe import MoE
 from benthic.parallel.dispatch import LocalDispatcher
 
 pytestmark = pytest.mark.usefixtures("exact_fp8")
-ROWS = Rows(tile=8192)
+ROWS = Rows(up_tile=8192, down_tile=8192)
 TILES = Tiles(block_m=16, up_n=32, up_k=64, down_n=64, down_k=64)
 TALL = replace(TILES, shared_m=64, shared_up_n=16, shared_down_n=32)  # two heights of the shared experts in one launch
 FP8 = Fp8Tiles(block_m=16)

@@ -12,7 +12,7 @@ from benthic.kernels.moe import ExpertWeights, Rows, Sorted, Tiles, moe
 from benthic.kernels.moe_place import place, place_ref
 
 N, K, E, D, I = 9, 3, 6, 32, 16
-WAYS = [Rows(tile=8192), Tiles(up_n=16, up_k=32, down_k=32), Sorted()]
+WAYS = [Rows(up_tile=8192, down_tile=8192), Tiles(up_n=16, up_k=32, down_k=32), Sorted()]
 
 
 @pytest.mark.parametrize(("n", "k", "e"), [(1, 1, 2), (5, 3, 8), (200, 2, 64)])

@@ -1,6 +1,8 @@
 """An answer read from its tokens: stop strings, reasoning, log-probabilities, and pieces that do not depend on how the
 tokens arrive."""
 
+from typing import ClassVar
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,9 @@ class Letters:
 
 
 class Capitals:
-    """A reader of calls: a capital letter is a call of that name; a `!` before it is held back."""
+    """A reader of calls: a capital letter is a call of that name; a `!` before it is held back. Id 1 has a mark."""
+
+    marks: ClassVar = {1: "\ud803"}
 
     def __init__(self, most=99):
         self.held, self.calls, self.most = 0, 0, most
@@ -32,7 +36,9 @@ class Capitals:
                 self.held += 1
                 continue
             content, self.held = content + "!" * self.held, 0
-            if c.isupper():
+            if c == self.marks[1]:
+                content += "<mark>"
+            elif c.isupper():
                 calls += (CallPiece(self.calls, f"id{self.calls}", c, "{}"),)
                 self.calls += 1
             else:
@@ -140,13 +146,21 @@ def test_calls_are_told_from_content_and_end_the_answer_where_only_one_may_be():
     assert (answer.stopped, answer.tokens) == (True, 2)
 
 
+def test_a_token_that_has_a_mark_is_told_from_its_name_and_ends_a_character():
+    pieces, _ = read(b"a\xc3\x01b", calls=Capitals())
+    assert joined(pieces).content == "a\ufffd<mark>b"
+    pieces, _ = read(b"<think>a\x01</think>b", calls=Capitals())
+    assert joined(pieces)[:2] == ("a<｜tool▁call▁end｜>", "b")
+    assert len(joined(pieces).tokens) == len(b"<think>a\x01</think>b")
+
+
 def test_pieces_of_one_call_are_joined():
     calls = [CallPiece(0, "a", "f", "{"), CallPiece(0, "", "", "}"), CallPiece(1, "b", "g", "")]
     assert joined([Piece(calls=(c,)) for c in calls]).calls == (CallPiece(0, "a", "f", "{}"), calls[2])
     assert joined([]) == Piece()
 
 
-ALPHABET = st.sampled_from(["<think>", "</think>", "<", "a", "b", "ab", "/think>", "é", "你", "\0", "A", "!"])
+ALPHABET = st.sampled_from(["<think>", "</think>", "<", "a", "b", "ab", "/think>", "é", "你", "\0", "\x01", "A", "!"])
 
 
 @settings(max_examples=300, deadline=None)

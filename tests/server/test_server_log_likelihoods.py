@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from benthic.inference.config import EngineConfig
+from benthic.inference.config import EngineConfig, SamplingParams
 from benthic.inference.llm import LLM
 from benthic.model.config import ModelConfig
 from benthic.model.hf import load, write_model
@@ -94,3 +94,35 @@ def test_a_log_likelihood_one_place_off_would_be_noticed(server, folder, pairs):
     shifted = [([*context, continuation[0]], continuation[1:]) for context, continuation in pairs if continuation[1:]]
     kept = [pair for pair in pairs if pair[1][1:]]
     assert max(abs(a - b) for (a, _), (b, _) in zip(by_server(server, shifted), by_model(folder, kept))) > BOUND
+
+
+def test_answers_with_their_log_probabilities_and_caches_are_the_librarys(folder, launch):
+    talk = [{"role": "user", "content": "hello, is this a test of the server and of its long prompts? " * 2}]
+    config = EngineConfig(max_num_seqs=4, page_size=8)
+    llm = LLM(folder, device="cpu", dtype="float32", config=config)
+    asked = SamplingParams(max_tokens=12, temperature=0.8, seed=3, n=2, logprobs=2, stop=("zz",))
+    expected = llm.chat(talk, asked)
+    server = launch(engine=llm.engine, tokenizer=llm.tokenizer, max_model_len=256)
+    fields = {"model": "tiny", "messages": talk, "max_tokens": 12, "temperature": 0.8, "seed": 3, "n": 2, "stop": "zz",
+              "logprobs": True, "top_logprobs": 2}  # fmt: skip
+    answer = server.client.chat.completions.create(**fields)
+    for choice, output in zip(answer.choices, expected, strict=True):
+        assert (choice.message.content, choice.finish_reason) == (output.text, output.finish_reason)
+        entries = choice.logprobs.content
+        assert [entry.logprob for entry in entries] == pytest.approx(output.logprobs, abs=1e-5)
+        assert [entry.token for entry in entries] == [llm.tokenizer.decode([id]) for id in output.token_ids]
+        for entry, top in zip(entries, output.top_logprobs, strict=True):
+            assert [t.logprob for t in entry.top_logprobs] == pytest.approx([value for _, value in top], abs=1e-5)
+    assert answer.usage.completion_tokens == sum(len(output.token_ids) for output in expected)
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert 0 < cached < answer.usage.prompt_tokens
+    assert cached % 8 == 0
+    stream = server.client.chat.completions.create(**fields, stream=True)
+    texts, logprobs = ["", ""], [[], []]
+    for chunk in stream:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        logprobs[choice.index] += [e.logprob for e in choice.logprobs.content] if choice.logprobs else []
+    assert texts == [output.text for output in expected]
+    for found, output in zip(logprobs, expected):
+        assert found == pytest.approx(output.logprobs, abs=1e-5)

@@ -144,7 +144,7 @@ BAD = [
     ("tools", [TOOL, TOOL]), ("tools", [TOOL] * 129), ("tools[0].type", [{"type": "custom"}]),
     ("tools[0].function.name", [{"type": "function", "function": {"name": "a b"}}]),
     ("tools", [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]),
-    ("tools[0].function.strict", [{"type": "function", "function": {"name": "f", "strict": True}}]),
+    ("tools[0].function.strict", [{"type": "function", "function": {"name": "f", "strict": 1}}]),
     ("tool_choice", "auto"), ("tool_choice", "any"), ("tool_choice", {"type": "function", "function": {"name": "g"}}),
     ("parallel_tool_calls", "no"),
     ("chat_template_kwargs", True), ("chat_template_kwargs.thinking", {"thinking": "yes"}),
@@ -269,6 +269,14 @@ def test_a_large_value_costs_no_more_than_reading_it_and_is_not_quoted(name):
     gc.unfreeze()
     assert min(refusing) < 5 * min(reading) + 0.05
     assert len(error.message) < 300
+
+
+def test_a_body_of_very_many_lists_is_refused_before_it_is_read():
+    body = dump({**GOOD, "guided_choice": [[[]]] * 40_000})
+    start = time.thread_time()
+    error = refused(body)
+    assert time.thread_time() - start < 0.01
+    assert "brackets" in error.message
 
 
 def test_no_text_of_a_message_is_quoted_in_an_error():

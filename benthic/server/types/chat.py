@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from benthic.server.types.base import TAG, JsonSchema, JsonWithin, Strict, Within, fault, short
 from benthic.server.types.sampling import NO_EFFECT, NOTHING, Sampling
+from benthic.tokenizer.tools import NAME
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -127,14 +128,15 @@ class Function(Strict):
     name: Annotated[str, Within("function_name")]
     description: str | None = None
     parameters: JsonSchema | None = None
-    """JSON schema of the arguments. It binds them where tool_choice demands the call."""
+    """JSON schema of the arguments."""
     strict: bool = False
-    """Only where tool_choice demands the call: a free answer cannot be bound."""
+    """The arguments follow the schema. They do so anyway, as far as that can be enforced, where tool_choice demands the
+    call."""
 
     @model_validator(mode="after")
     def _plain_name(self) -> Self:
-        if not (self.name.isascii() and self.name.replace("_", "a").replace("-", "a").isalnum()):
-            raise fault("use letters, digits, _ and -", "name")
+        if not NAME.fullmatch(self.name):
+            raise fault("use 1 to 64 of A-Z a-z 0-9 _ . -", "name")
         return self
 
 
@@ -229,7 +231,7 @@ class ChatRequest(Sampling, Conversation):
     tool_choice: ToolChoice | None = None
     """none, auto (where there are tools), required, or one function by name."""
     parallel_tool_calls: bool = True
-    """False ends the answer after its first tool call."""
+    """False: nothing after the first tool call counts."""
     echo: bool = False
     """With continue_final_message: begin the answer with the message that it continues."""
 
@@ -258,9 +260,6 @@ class ChatRequest(Sampling, Conversation):
             raise fault("names no function of tools", "tool_choice.function.name")
         if self.calls != "none" and (forms := self.forms()):
             raise fault("not together with tools that may be called; use tool_choice none", forms[0])
-        for i, tool in enumerate(self.tools):
-            if tool.function.strict and self.calls == "auto":
-                raise fault("only where tool_choice demands the call", f"tools[{i}].function.strict")
 
     @property
     def calls(self) -> str:
