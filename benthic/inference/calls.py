@@ -1,4 +1,4 @@
-"""The form of an answer that must call a tool: the tokens around calls, a name, arguments that follow its schema."""
+"""The form of an answer that calls tools: the tokens around calls, a name, arguments that follow its schema."""
 
 import json
 from collections.abc import Sequence
@@ -22,10 +22,12 @@ def form(
     name: str = "",
     *,
     parallel: bool = True,
+    demanded: bool = True,
     after_thinking: bool = False,
 ) -> StructuredOutputsParams:
     """One call or, with `parallel`, several, of any of the `tools` (as `tools.check` takes them) or of the one called
-    `name`, which is called once; then the answer ends. `after_thinking` where the prompt has begun a thought.
+    `name`, which is called once; then the answer ends. Where no call is `demanded`, any text may come, and calls bind
+    from their first token on. `after_thinking` where the prompt has begun a thought.
 
     Arguments follow the schema of a tool. Where that cannot be enforced, they are any object; for a tool with `strict`
     that is an InputError, as is a format without calls.
@@ -48,9 +50,18 @@ def form(
         "at_least_one": True,
         "stop_after_first": bool(name) or not parallel,
     }
+    if not demanded:
+        (begin,), (end,) = _words(CALLS, tokenizer), _words(END_CALLS, tokenizer)
+        tags = [{"type": "tag", "begin": begin, "content": calls, "end": end}]
+        form = {"type": "token_triggered_tags", "trigger_tokens": [begin["token"]], "tags": tags}
+        return _params({**form, "stop_after_first": True}, after_thinking)
     break_ = [{"type": "optional", "content": {"type": "const_string", "value": "\n\n"}}] if after_thinking else []
     elements = [*break_, *_words(CALLS, tokenizer), calls, *_words(END_CALLS, tokenizer)]
-    tag = {"type": "structural_tag", "format": {"type": "sequence", "elements": elements}}
+    return _params({"type": "sequence", "elements": elements}, after_thinking)
+
+
+def _params(format: dict[str, Any], after_thinking: bool) -> StructuredOutputsParams:
+    tag = {"type": "structural_tag", "format": format}
     return StructuredOutputsParams(structural_tag=tag, after_thinking=after_thinking)
 
 

@@ -1,33 +1,44 @@
 """The routes, errors in OpenAI's shape, and `serve`: a model folder behind a port."""
 
-import importlib.metadata
+import gc
 import logging
 import signal
 import sys
+import threading
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from benthic.base.errors import InputError, Interrupted
 from benthic.base.signals import leave_to_rank_0
 
 try:
     import uvicorn  # noqa: F401  (here only to fail with the fix)
-    from starlette.applications import Starlette
+    from fastapi import FastAPI
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
-    from starlette.routing import Route
+    from starlette.routing import BaseRoute, Route
 except ModuleNotFoundError as missing:
     raise InputError(f"the server needs {missing.name}, not installed -> pip install 'benthic[server]'") from missing
 
-from benthic.inference.config import EngineConfig
+from benthic.inference.config import EngineConfig, StructuredOutputsParams
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
-from benthic.server.auth import Gate, read_key
-from benthic.server.completions import Chat, Service
+from benthic.server import about, generate, metrics, tokens
+from benthic.server.access import AccessLog, Decode, writer
 from benthic.server.config import ServeConfig
+from benthic.server.errors import ApiError
+from benthic.server.gate import OPEN_PATHS, Gate
+from benthic.server.keys import Keys, read_keys
 from benthic.server.listener import Server, bind, url
-from benthic.server.protocol import ApiError, dump
+from benthic.server.openapi import document
+from benthic.server.queue import Queue
+from benthic.server.route import get, json_response
+from benthic.server.service import Check, Forms, Service
+from benthic.server.stream import Ticket
+from benthic.server.types.replies import Schema
+from benthic.server.wire import dump
 from benthic.server.worker import Worker
 from benthic.tokenizer import chat
 from benthic.tokenizer.templates import THINKS
@@ -44,13 +55,19 @@ def serve(config: ServeConfig) -> None:
         leave_to_rank_0()
         _load(config).follow()
         return
-    key = read_key(config)
+    keys = read_keys(config)
+    write = writer(config.access_log, sys.stderr)
     listener = bind(config.host, config.port)
     try:
         llm = _load(config)
         service = _service(config, llm)
-        server = Server(build(service, config.host, key), service.worker, config.shutdown_timeout)
+        app = build(
+            service, config.host, keys, origins=config.allowed_origins, engine=llm.engine, write=write,
+            decode=service.tokenizer.decode if config.log_prompts else None,
+        )  # fmt: skip
+        server = Server(app, service.worker, config.shutdown_timeout)
         service.worker.run()
+        gc.freeze()  # the model and all modules stay; collections that look at them stall the loop for 0.2 s
         print(f"{config.name} is served at {url(listener)}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
         service.worker.join(timeout=5)
@@ -80,63 +97,72 @@ def _service(config: ServeConfig, llm: LLM) -> Service:
     return Service(
         name=config.name,
         tokenizer=llm.tokenizer,
-        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests),
+        worker=Worker(llm.engine, _turns(config, llm.engine.scheduler.max_rows), config.request_timeout),
         max_model_len=llm.engine.config.max_model_len,
+        vocab_size=llm.engine.vocab_size,
         thinking=thinking,
+        forms=Forms(_compiler(llm)),
     )
 
 
-def build(service: Service, host: str, key: str) -> Gate:
-    """The ASGI app: the gate, and the routes behind it."""
+def _compiler(llm: LLM) -> Check:
+    """Compiles a form of answers for the engine; two threads may ask."""
+    lock = threading.Lock()  # the engine makes its grammars at first use
+
+    def check(form: StructuredOutputsParams) -> None:
+        with lock:
+            llm.engine.grammars.compile(form)
+
+    return check
+
+
+def _turns(config: ServeConfig, rows: int) -> Queue[Ticket]:
+    """The queue before an engine that runs `rows` requests: it gets a few more, to have the next at hand."""
+    return Queue(rows + max(1, rows // 8), config.max_queued_requests, config.max_queued_tokens)
+
+
+def build(
+    service: Service,
+    host: str,
+    keys: Keys,
+    more: Sequence[BaseRoute] = (),
+    *,
+    open_paths: Sequence[bytes] = (*OPEN_PATHS, b"/"),
+    origins: Sequence[str] = (),
+    engine: Any = None,
+    write: Callable[[str], object] | None = None,
+    decode: Decode | None = None,
+) -> AccessLog:
+    """The ASGI app: the access log, the gate, and the routes, of which `more` come from outside this file. The static
+    page's `open_paths` need no key; pages of `origins` may ask; metrics read `engine`; `write` and `decode` are the
+    log's."""
+    counts = metrics.Metrics(service.name, service.worker.turns, engine)
+    service.worker.watch(counts)
     handled = (ApiError, HTTPException, ClientDisconnect, Exception)
-    app = Starlette(routes=routes(service), exception_handlers=dict.fromkeys(handled, _answer_error))
-    app.router.redirect_slashes = False
-    return Gate(app, host, key)
+    app = FastAPI(
+        openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
+        exception_handlers=dict.fromkeys(handled, _answer_error),
+    )  # fmt: skip
+    app.router.routes.extend(routes(service, [*metrics.routes(counts), *more]))
+    counts.know([route.path for route in app.router.routes if isinstance(route, Route)])
+    gate = Gate(app, host, keys, open_paths=open_paths, origins=origins)
+    return AccessLog(gate, counts, write, decode)
 
 
-def routes(service: Service) -> list[Route]:
+def routes(service: Service, more: Sequence[BaseRoute] = ()) -> list[BaseRoute]:
     """Every route of the server."""
-    about = About(service)
-    return [
-        Route("/health", about.health),
-        Route("/version", about.version),
-        Route("/v1/models", about.models),
-        Route("/v1/chat/completions", Chat(service), methods=["POST"]),
-    ]
+    all: list[BaseRoute] = [*about.routes(service), *generate.routes(service), *tokens.routes(service), *more]
 
+    async def openapi() -> Response:
+        """The schema of every route."""
+        return json_response(schema)
 
-@dataclass(frozen=True)
-class About:
-    """The routes that say what the server is."""
-
-    service: Service
-
-    async def health(self, request: Request) -> Response:
-        """200 while requests are accepted, 503 while the server drains or after the engine has failed."""
-        if self.service.worker.refusal:
-            raise ApiError(503, self.service.worker.refusal, code="unavailable")
-        return _json({"status": "ok"})
-
-    async def models(self, request: Request) -> Response:
-        """The one model."""
-        service = self.service
-        model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "benthic"}
-        return _json({"object": "list", "data": [{**model, "max_model_len": service.max_model_len}]})
-
-    async def version(self, request: Request) -> Response:
-        """The package's version."""
-        return _json({"version": _version()})
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("benthic")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+source"  # a checkout that was not installed
-
-
-def _json(value: object) -> Response:
-    return Response(dump(value), media_type="application/json")
+    all.append(get("/openapi.json", openapi, Schema, "The schema of every route"))
+    schema = document(all)
+    for route in all:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # only now: the schema needs not say that
+    return all
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

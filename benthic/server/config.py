@@ -1,11 +1,12 @@
 """What `benthic serve` can be told. Imports no torch."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from benthic.base.errors import InputError
 from benthic.parallel.config import ParallelConfig
@@ -23,10 +24,16 @@ class ServeConfig:
     """Address to listen on; any other than a loopback address needs a key."""
     port: int = 8000
     """0 takes any free port."""
-    api_key: str = field(default="", repr=False)
-    """Key that clients must send. Other users of the machine can read flags: prefer the file or BENTHIC_API_KEY."""
+    api_key: UseAppendAction[tuple[str, ...]] = field(default=(), repr=False)
+    """Key that clients must send, or name:key; repeat it for more. Other users can read flags: prefer the file."""
     api_key_file: str = ""
-    """File whose first line is the key."""
+    """File with a key, or name:key, on each line. Names stand in the log; keys of one name are one client."""
+    allowed_origins: UseAppendAction[tuple[str, ...]] = ()
+    """Origin of web pages that may use the server beside its own, as https://app.example; repeat it for more."""
+    access_log: str = ""
+    """File that gets a line of JSON for every request; - is the error stream, empty none. It holds no text."""
+    log_prompts: bool = False
+    """Write the text of prompts into the access log."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -43,6 +50,10 @@ class ServeConfig:
     """Most requests that run at once."""
     max_queued_requests: int = 256
     """Most requests that wait; one more is answered with 429."""
+    max_queued_tokens: int = 2**22
+    """Most prompt tokens that wait together; with more, too, the answer is 429."""
+    request_timeout: float = 3600.0
+    """Seconds that a request may take, waiting included; a client may ask for fewer."""
     shutdown_timeout: float = 30.0
     """Seconds that accepted requests get to finish after SIGTERM."""
     parallel: Annotated[ParallelConfig, arg(name="")] = field(default_factory=ParallelConfig)
@@ -54,6 +65,7 @@ class ServeConfig:
             ("max_model_len", 0, math.inf),
             ("max_num_seqs", 1, math.inf),
             ("max_queued_requests", 0, math.inf),
+            ("max_queued_tokens", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -62,6 +74,13 @@ class ServeConfig:
                 )
         if not (math.isfinite(self.shutdown_timeout) and self.shutdown_timeout >= 0):
             raise InputError(f"shutdown_timeout is {self.shutdown_timeout} -> use a number of seconds, 0 or more")
+        if not (math.isfinite(self.request_timeout) and self.request_timeout > 0):
+            raise InputError(f"request_timeout is {self.request_timeout} -> use a number of seconds above 0")
+        if self.log_prompts and not self.access_log:
+            raise InputError("log_prompts is on and there is no access_log -> add --access-log FILE, or leave it out")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin):
+                raise InputError(f"allowed_origins has {origin[:80]!r} -> write origins as https://app.example, or *")
         if not self.host:
             raise InputError("host is empty -> use 127.0.0.1, or 0.0.0.0 with an API key")
 

@@ -136,6 +136,21 @@ def test_a_call_is_forced_once_the_thinking_has_ended(engine, tokenizer) -> None
         assert calls
 
 
+def test_where_no_call_is_demanded_text_is_free_and_calls_are_bound(engine, grammars, tokenizer) -> None:
+    asked = form(of(tokenizer), TOOLS, demanded=False)
+    id, loves = tokenizer.special, tokenizer.encode('{"kind": 7}')
+    grammars.matcher(asked).accept([*tokenizer.encode("just zero text\n"), tokenizer.eos_id])
+    matcher = grammars.matcher(asked)
+    matcher.accept([*tokenizer.encode("zero"), id[tokens.CALLS], id[tokens.CALL], *tokenizer.encode("set")])
+    assert allowed(grammars, matcher) == {id[tokens.SEP]}
+    with pytest.raises(BenthicError, match="does not fit the form"):
+        matcher.accept([id[tokens.SEP], *loves])
+    ended = [read(tokenizer, "v3.1", ids) for ids in answers(engine, tokenizer, asked, tokens.CALLS)]
+    assert len(ended) > 3
+    assert all(follows(*call) for _, calls in ended for call in calls)
+    assert any(calls for _, calls in ended)
+
+
 def test_tokens_around_calls_are_allowed_only_where_a_form_names_them(grammars, tokenizer) -> None:
     around = {tokenizer.special[name] for name in tokens.TOOLS}
     for asked in ({"regex": "[^a]*"}, {"grammar": "root ::= [^b]*"}, {"json": {"type": "string"}}):
