@@ -1,5 +1,6 @@
 """The routes, errors in OpenAI's shape, and `serve`: a model folder behind a port."""
 
+import contextlib
 import importlib.metadata
 import logging
 import signal
@@ -11,7 +12,11 @@ from benthic.base.errors import InputError, Interrupted
 from benthic.base.signals import leave_to_rank_0
 
 try:
-    import uvicorn  # noqa: F401  (here only to fail with the fix)
+    import latex2mathml  # noqa: F401  (these are here only to fail with the fix)
+    import markdown_it  # noqa: F401
+    import nh3  # noqa: F401
+    import pygments  # noqa: F401
+    import uvicorn  # noqa: F401
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
@@ -23,6 +28,7 @@ except ModuleNotFoundError as missing:
 from benthic.inference.config import EngineConfig
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
+from benthic.server import render, static
 from benthic.server.auth import Gate, read_key
 from benthic.server.completions import Chat, Service
 from benthic.server.config import ServeConfig
@@ -30,7 +36,7 @@ from benthic.server.listener import Server, bind, url
 from benthic.server.protocol import ApiError, dump
 from benthic.server.worker import Worker
 from benthic.tokenizer import chat
-from benthic.tokenizer.templates import THINKS
+from benthic.tokenizer.templates import THINKS, ThinkingRefused
 
 log = logging.getLogger("benthic.server")
 
@@ -102,6 +108,8 @@ def routes(service: Service) -> list[Route]:
         Route("/version", about.version),
         Route("/v1/models", about.models),
         Route("/v1/chat/completions", Chat(service), methods=["POST"]),
+        *render.routes(),
+        *static.routes(),
     ]
 
 
@@ -121,11 +129,21 @@ class About:
         """The one model."""
         service = self.service
         model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "benthic"}
-        return _json({"object": "list", "data": [{**model, "max_model_len": service.max_model_len}]})
+        return _json({"object": "list", "data": [{**model, **_details(service)}]})
 
     async def version(self, request: Request) -> Response:
         """The package's version."""
         return _json({"version": _version()})
+
+
+def _details(service: Service) -> dict[str, object]:
+    """What a client may ask of the model: its context, and the choices of thinking of its chat template."""
+    thinking = []
+    for choice in (False, True):
+        with contextlib.suppress(ThinkingRefused):
+            chat.check(service.tokenizer, choice)
+            thinking.append(choice)
+    return {"max_model_len": service.max_model_len, "thinking": thinking}
 
 
 def _version() -> str:

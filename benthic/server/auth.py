@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benthic.base.errors import InputError
+from benthic.server import static
 from benthic.server.config import ServeConfig
 from benthic.server.limits import LIMITS
 from benthic.server.protocol import ApiError, dump
@@ -24,7 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = (b"/health", b"/")  # answered without a key: a probe, and a static page that holds no secret
+OPEN_PATHS = (b"/health", *static.paths())  # answered without a key: a probe, and a static page without secrets
 
 
 def read_key(config: ServeConfig) -> str:

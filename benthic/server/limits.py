@@ -34,5 +34,10 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "n": Limit(1, 1, "answers to one request"),
         "stop": Limit(0, 16, "stop strings"),
         "stop_characters": Limit(1, 128, "characters of one stop string"),
+        "render_texts": Limit(1, 256, "texts of one request to /render"),
+        "render_characters": Limit(0, 32 * 1024, "characters of all texts of one request to /render"),
+        "render_waiting": Limit(0, 32, "requests to /render that wait for their turn"),
+        "formula_characters": Limit(1, 2048, "characters of one formula; a longer one is shown as it is written"),
+        "formula_lines": Limit(1, 64, "lines of one formula; a longer one is shown as it is written"),
     }
 )
