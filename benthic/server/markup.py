@@ -36,7 +36,7 @@ _PLAIN = re.compile(r"[\w#.%+ -]{0,64}", re.ASCII)
 _ALLOWED = {
     "href": re.compile(r".*", re.DOTALL),
     "title": re.compile(r".*", re.DOTALL),
-    "class": re.compile(r"code|language|latex|formula|target|(hl-\w+ ?)+"),
+    "class": re.compile(r"code|language|latex|formula|wide|target|(hl-\w+ ?)+"),
 }
 _CLEANER = nh3.Cleaner(
     tags={*_TAGS, *_MATH},
@@ -54,6 +54,7 @@ _CLEANER = nh3.Cleaner(
     link_rel="noopener noreferrer",
     set_tag_attribute_values={"a": {"target": "_blank"}},
 )
+_WIDE = 36  # characters from which an inline formula may be wider than a phone
 _LINK = re.compile(r"https?://[^\s<>\"'`]+", re.IGNORECASE)
 
 
@@ -172,7 +173,7 @@ def _formula(renderer: Any, tokens: Sequence[Token], index: int, options: Any, e
     fits = len(latex) <= LIMITS["formula_characters"].high
     element = (mathml(latex, display) if fits else "") or f'<code class="latex">{html.escape(latex)}</code>'
     if not display:
-        return element
+        return f'<span class="wide">{element}</span>' if len(latex) > _WIDE else element
     return f'<div class="formula">{element}</div>\n' if token.block else f'<span class="formula">{element}</span>'
 
 

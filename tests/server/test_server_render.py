@@ -19,7 +19,7 @@ TAGS = set(
     + "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover".split()
     + "mtable mtr mtd mstyle mpadded mphantom menclose".split()
 )
-CLASSES = re.compile(r"(hl-\w+|code|language|latex|formula|target)( hl-\w+)*")
+CLASSES = re.compile(r"(hl-\w+|code|language|latex|formula|wide|target)( hl-\w+)*")
 SAFE = re.compile(r"[\w#.% +-]*", re.ASCII)
 LINK = {"target": "_blank", "rel": "noopener noreferrer"}
 

@@ -184,10 +184,9 @@ async function heard(conversation, what) {
   const known = ["answering", "answered", "stopped"].includes(what);
   get("live").textContent = known ? t(what) : what;
   if (what === t("needKey")) settings.open("key");
-  await keep(conversation);
-  const newest = conversations.indexOf(conversation);
-  conversations.unshift(...conversations.splice(newest, 1));
+  conversations = [conversation, ...conversations.filter((one) => one !== conversation)];
   showAll();
+  await keep(conversation);
 }
 
 function settingsChanged(what) {
@@ -197,18 +196,19 @@ function settingsChanged(what) {
   showState();
 }
 
+/** Learn what the server serves. Whether it let us. */
 async function connect() {
   try {
     model = await askModel();
-    get("model").textContent = model.name;
-    showAll();
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    if (error.status !== 401) return tell(error.status ? error.message : t("offline"));
-    if (!get("settings").open) settings.open("key");
-    if (key.get() || !get("settings").open) tell(error.message);
-    else tell(t("needKey"));
+    if (error.status === 401 && !get("settings").open) settings.open("key");
+    tell(error.status === 401 ? t(key.get() ? "wrongKey" : "needKey") : error.message || t("offline"));
+    return false;
   }
+  get("model").textContent = model.name;
+  showAll();
+  return true;
 }
 
 // What the user does
@@ -263,8 +263,9 @@ document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select");
   if (event.altKey && !event.ctrlKey && !event.metaKey && KEYS[event.code]) KEYS[event.code]();
   else if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  else if (document.querySelector("dialog[open]")) return; // it has its own keys
   else if (event.key === "Escape" && document.body.classList.contains("side")) showSide(false);
-  else if (event.key === "Escape" && chat.answering && !document.querySelector("dialog[open]")) chat.stop();
+  else if (event.key === "Escape" && chat.answering) chat.stop();
   else if (event.key === "/" && !typing) prompt.focus();
   else if (event.key === "?" && !typing) get("help").showModal();
   else return;

@@ -23,7 +23,7 @@ export function toNodes(html) {
     }
   }
   for (const head of body.querySelectorAll(".code > .language")) head.after(copyButton());
-  for (const wide of body.querySelectorAll("pre, table, .formula")) wide.tabIndex = 0; // so that keys can scroll it
+  for (const wide of body.querySelectorAll("pre, table, .formula, .wide")) wide.tabIndex = 0; // so that keys can scroll it
   return [...body.childNodes];
 }
 

@@ -39,13 +39,10 @@ export class Settings {
       this.show();
       changed();
     });
-    get("key").addEventListener("change", () => {
-      key.set(get("key").value.trim());
-      changed("key");
-    });
-    get("access").addEventListener("submit", (event) => {
+    get("access").addEventListener("submit", async (event) => {
       event.preventDefault();
-      this.dialog.close();
+      key.set(get("key").value.trim());
+      if (await changed("key")) this.dialog.close();
     });
     get("language").addEventListener("change", () => {
       speak(get("language").value);
