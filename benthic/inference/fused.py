@@ -47,10 +47,15 @@ class Decode:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the prefill rows' cached contexts: slots [S] of its tokens, first [rows + 1] int32 starts."""
+    """A part of the cached contexts: slots [S] of its tokens. It belongs to neighbouring rows only, those that have a
+    context: the prefill tokens from `begin` to `end`. first_q and first_k [rows + 1] int32 are where these rows start
+    among those tokens and among the slots."""
 
     slots: Tensor
-    first: Tensor
+    first_q: Tensor
+    first_k: Tensor
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -194,15 +199,15 @@ class Fused:
 
         first, longest = chunks.first, chunks.longest
         own = expand(c_kv)
-        result = mla_prefill(q_nope, q_rope, own, k_rope, first, first, longest, attn.scale, causal=True, out=out)
+        _, lse = mla_prefill(q_nope, q_rope, own, k_rope, first, first, longest, attn.scale, causal=True, out=out)
         for piece in chunks.pieces:
+            rows = slice(piece.begin, piece.end)
             c_kv, k_rope = latents.read(piece.slots, q_nope.dtype)
             part = mla_prefill(
-                q_nope, q_rope, expand(c_kv), k_rope, first, piece.first, longest, attn.scale, causal=False
-            )
-            result = merge(result, part)
-        if chunks.pieces:
-            out.copy_(result[0])
+                q_nope[rows], q_rope[rows], expand(c_kv), k_rope, piece.first_q, piece.first_k, longest, attn.scale,
+                causal=False,
+            )  # fmt: skip
+            merge(out[rows], lse[:, rows], *part)
 
     def mixture(
         self, mlp: MoE, delta: Tensor, x: Tensor, middle: RMSNorm, after: RMSNorm, tokens: Tokens,

@@ -108,20 +108,23 @@ def chunk_rows(plan: Plan, page_size: int, send: Callable[[np.ndarray], Tensor])
         )
     pieces = _pieces([plan.starts[row] for row in rows])
     held = [
-        np.concatenate([_slots(plan.seqs[row].pages, a, b, page_size) for row, (a, b) in zip(rows, piece)])
+        np.concatenate([_slots(plan.seqs[rows[i]].pages, a, b, page_size) for i, (a, b) in piece.items()])
         for piece in pieces
     ]
-    firsts += [np.cumsum([0, *(b - a for a, b in piece)]) for piece in pieces]
+    for piece in pieces:
+        firsts += [np.cumsum([0, *(counts[i] for i in piece)]), np.cumsum([0, *(b - a for a, b in piece.values())])]
     table = np.zeros((len(rows), 1 + max(len(plan.seqs[row].pages) for row in rows)), np.int64)
     for i, row in enumerate(rows):
         table[i, : len(plan.seqs[row].pages)] = plan.seqs[row].pages
     flat = np.concatenate([np.concatenate(columns, 1).reshape(-1), table.reshape(-1), *held, *firsts]).astype(np.int64)
     data = send(flat)
-    n, c = sum(counts), len(counts)
-    sizes = [4 * n, table.size, *map(len, held), *[c + 1] * len(firsts)]
-    own, pages, *parts = data.split(sizes)
+    n = sum(counts)
+    own, pages, *parts = data.split([4 * n, table.size, *map(len, held), *map(len, firsts)])
     tokens, starts = own.view(4, n), [part.int() for part in parts[len(held) :]]
-    cached = [Piece(slots, first) for slots, first in zip(parts[: len(held)], starts[1:])]
+    cached = []
+    for i, piece in enumerate(pieces):
+        begin, end = firsts[0][min(piece)], firsts[0][max(piece) + 1]
+        cached.append(Piece(parts[i], starts[1 + 2 * i], starts[2 + 2 * i], int(begin), int(end)))
     return Chunks(
         tokens=tokens[:3],
         next_ids=tokens[3],
@@ -137,11 +140,16 @@ def _slots(pages: list[int], start: int, end: int, page_size: int) -> np.ndarray
     return np.array(pages or [0])[positions // page_size] * page_size + positions % page_size
 
 
-def _pieces(contexts: list[int]) -> list[list[tuple[int, int]]]:
-    """Ranges of every row's context, piece by piece; each piece has at most PIECE tokens over all rows."""
+def _pieces(contexts: list[int]) -> list[dict[int, tuple[int, int]]]:
+    """Ranges of the rows' contexts, piece by piece, of neighbouring rows from the first to the last that has a part of
+    it; each piece has at most PIECE tokens over all rows."""
     share = max(1, PIECE // max(1, sum(length > 0 for length in contexts)))
-    ends = range(0, max(contexts, default=0), share)
-    return [[(min(a, length), min(a + share, length)) for length in contexts] for a in ends]
+    pieces = []
+    for a in range(0, max(contexts, default=0), share):
+        some = [i for i, length in enumerate(contexts) if length > a]
+        between = range(some[0], some[-1] + 1)
+        pieces.append({i: (min(a, contexts[i]), min(a + share, contexts[i])) for i in between})
+    return pieces
 
 
 def joined(decode: DecodeRows | None, chunks: Chunks | None) -> Tokens:

@@ -7,7 +7,9 @@ chip as soon as every program of the one before has begun; it loads its weights 
 The rule: a chained kernel calls `begin` first, and every one of its programs calls `wait` before it reads what a kernel
 of this step has written, before it writes anything, and before it leaves. Ahead of `wait` it reads only what was there
 when the last ordinary kernel was launched: weights, positions, page tables. Every step has ordinary kernels at its
-head, so weights that were written in place, and results of other steps, are there.
+head, so weights that were written in place, and results of other steps, are there. One exception: behind a kernel whose
+programs call `begin` only after `wait`, a kernel also reads ahead of its own what the one before that kernel wrote,
+because that one had ended. So the experts' second product knows whose weights to fetch while the first one runs.
 
 Why that is enough, also for memory that is written again: when kernel n + 2 is on the chip, n may still run. But `wait`
 lets n + 2 pass only when n + 1 has ended, and n + 1 could not end before its own programs had passed theirs, which was

@@ -13,7 +13,7 @@ Letters: N tokens, d inputs, M outputs.
 """
 
 # What static_range and tuples are inside a kernel, their types do not say.
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from benthic.kernels import chain
-from benthic.kernels.gemv import fetch, fetch_vector, tiles_of
+from benthic.kernels.gemv import fetch, fetch_factors, times_blocks
 from benthic.kernels.moe_fp8 import quantise
 from benthic.kernels.quant import BLOCK, dequantise_blocks, dequantise_rows, quantise_rows
 
@@ -34,25 +34,18 @@ MANY = 1_400_000  # elements of the product from which the library's is faster
 
 
 @triton.jit
-def _rows(
-    x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    CHAINED: tl.constexpr,
-):  # fmt: skip
-    """BLOCK rows, which share their factors, times every token; the weights are fetched before the tokens are there."""
+def _rows(x, weight, factors, out, stride_x, N, M, D: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
+    """BLOCK rows, which share their factors, times every token; weights and factors are fetched before the tokens are
+    there."""
     chain.begin(CHAINED)
     first = tl.program_id(0) * BLOCK
-    m, of_rows = first + tl.arange(0, BLOCK), factors + first // 128 * tl.cdiv(D, 128)
-    tiles = fetch(weight + m.to(tl.int64) * D, m < M, D, D, CHUNK)
+    m = first + tl.arange(0, BLOCK)
+    tiles = fetch(weight + m.to(tl.int64) * D, m < M, D, D, 128)
+    each = fetch_factors(factors + first // 128 * tl.cdiv(D, 128), D, D)
     chain.wait(CHAINED)
     for token in range(N):
-        total = tl.zeros([BLOCK, CHUNK], tl.float32)
-        for start in tl.static_range(0, D, CHUNK):
-            d = start + tl.arange(0, CHUNK)
-            inside = tl.broadcast_to((d < D)[None, :], BLOCK, CHUNK)
-            factor = tl.load(tl.broadcast_to((of_rows + d // 128)[None, :], BLOCK, CHUNK), mask=inside, other=0.0)
-            column = fetch_vector(x + token * stride_x, D, start, BLOCK, CHUNK) * factor
-            total += tiles[start // CHUNK].to(tl.float32) * column
-        tl.store(out + token * M + m, tl.sum(total, 1).to(out.dtype.element_ty), mask=m < M)
+        total = times_blocks(tiles, each, x + token * stride_x, D, D, BLOCK)
+        tl.store(out + token * M + m, total.to(out.dtype.element_ty), mask=m < M)
 
 
 @triton.jit
@@ -86,18 +79,18 @@ def _tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Numbers in a tile, at most 16,384: 8 bytes per thread, because their factors take registers too."""
+    """Rows of a program, a divisor of 128. All their loads are under way at once, 8 bytes per thread and load."""
 
-    tile: int = 1024
-    num_warps: int = 4
+    block: int = 4
+    num_warps: int = 2
 
     def product(self, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
         """x [N, d], rows contiguous in themselves -> x W^T [N, M]."""
-        (n, d), m, tiles = x.shape, len(weight), tiles_of(x.shape[1], self.tile)
+        (n, d), m = x.shape, len(weight)
         out = torch.empty(n, m, dtype=x.dtype, device=x.device)
-        _rows[(triton.cdiv(m, tiles["BLOCK"]),)](
-            x, weight, factors, out, x.stride(0), n, m, D=d, **tiles, num_warps=self.num_warps,  # pyright: ignore
-            **chain.options(x),
+        _rows[(triton.cdiv(m, self.block),)](
+            x, weight, factors, out, x.stride(0), n, m, D=d, BLOCK=self.block,  # pyright: ignore
+            num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return out
 

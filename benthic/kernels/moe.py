@@ -76,7 +76,7 @@ def choose_tiles(n: int, k: int, e: int, dtype: torch.dtype) -> Way:
     if dtype == torch.float32:  # twice the bytes per tile; only models too small to care compute in it
         return Rows() if n <= 4 else Tiles(up_k=64, down_k=64, num_stages=3)
     if n <= 4:
-        return Rows(tile=2048) if fp8 else Rows()
+        return Rows()
     if fp8:
         return _choose_fp8(pairs)
     if pairs <= 4:

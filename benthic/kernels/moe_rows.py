@@ -20,28 +20,24 @@ import triton.language as tl
 from torch import Tensor
 
 from benthic.kernels import chain, gemv
-from benthic.kernels.gemv import fetch, fetch_vector, times
+from benthic.kernels.gemv import fetch, fetch_factors, times, times_blocks
 from benthic.kernels.moe_weights import ExpertWeights, down_matrix, swiglu, up_matrices
 
 
 @triton.jit
-def _times(
-    tiles, x, width, scale, row, grid, WIDEST: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, FP8: tl.constexpr,
-):  # fmt: skip
-    """Fetched rows times the vector at x -> [R]; in FP8 each block of 128 columns times its factor in the rows' grid,
-    of which `grid` lie beside each other."""
+def _fetch(rows, inside, factors, width, WIDEST: tl.constexpr, CHUNK: tl.constexpr, FP8: tl.constexpr):
+    """Rows as tiles and, in FP8, the factors that they share; in 16 bits the tiles once more, which nobody reads."""
+    tiles = fetch(rows, inside, width, WIDEST, CHUNK)
+    return tiles, fetch_factors(factors, width, WIDEST) if FP8 else tiles
+
+
+@triton.jit
+def _times(fetched, x, width, WIDEST: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, FP8: tl.constexpr):
+    """Fetched rows times the vector at x -> [R] float32."""
     if FP8:
-        total = tl.zeros([R], tl.float32)
-        for first in tl.static_range(0, WIDEST, CHUNK):
-            product = tiles[first // CHUNK].to(tl.float32) * fetch_vector(x, width, first, R, CHUNK)
-            parts = tl.sum(tl.reshape(product, [R, CHUNK // 128, 128]), 2)
-            column = first // 128 + tl.arange(0, CHUNK // 128)
-            at = (row // 128)[:, None] * grid + column[None, :]
-            inside = (column * 128 < width)[None, :]
-            total += tl.sum(parts * tl.load(scale + at, mask=inside, other=0.0), 1)
-        return total
+        return times_blocks(fetched[0], fetched[1], x, width, WIDEST, R)
     else:
-        return times(tiles, x, width, WIDEST, R, CHUNK)
+        return times(fetched[0], x, width, WIDEST, R, CHUNK)
 
 
 @triton.jit
@@ -50,28 +46,30 @@ def _up(
     D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FP8: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    chain.begin(CHAINED)
     token, slot = tl.program_id(0).to(tl.int64), K + S - 1 - tl.program_id(2)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, expert, width = tl.program_id(1) * BLOCK, E, S * I
     if slot < K:
         chain.wait(CHAINED)
-        expert = tl.load(topk_ids + token * K + slot)
+        chain.begin(CHAINED)
+        expert, width = tl.load(topk_ids + token * K + slot), I
     else:
-        expert = E + slot - K
+        first += (slot - K) * tl.num_programs(1) * BLOCK
     if expert < 0:  # another device's
         return
-    gate, up, gate_scale, up_scale, first_row = up_matrices(
+    gate, up, gate_scale, up_scale, _ = up_matrices(
         expert, gate_up, shared_gate, shared_up, scale, shared_gate_scale, shared_up_scale, D, I, E
     )
-    row = tl.where(i < I, first_row + i, first_row)
-    gates = fetch(gate + i * D, i < I, D, D, CHUNK)
-    ups = fetch(up + i * D, i < I, D, D, CHUNK)
-    chain.wait(CHAINED)
+    i, grid = first + tl.arange(0, BLOCK), first // 128 * tl.cdiv(D, 128)
+    gates = _fetch(gate + i * D, i < width, gate_scale + grid, D, D, CHUNK, FP8)
+    ups = _fetch(up + i * D, i < width, up_scale + grid, D, D, CHUNK, FP8)
+    if slot >= K:
+        chain.wait(CHAINED)
+        chain.begin(CHAINED)
     x += token * stride_x
-    gate_sum = _times(gates, x, D, gate_scale, row, tl.cdiv(D, 128), D, BLOCK, CHUNK, FP8)
-    up_sum = _times(ups, x, D, up_scale, row, tl.cdiv(D, 128), D, BLOCK, CHUNK, FP8)
-    value = swiglu(gate_sum, up_sum, h.dtype.element_ty)
-    tl.store(h + (token * (K + S) + slot) * I + i, value, mask=i < I)
+    value = swiglu(
+        _times(gates, x, D, D, BLOCK, CHUNK, FP8), _times(ups, x, D, D, BLOCK, CHUNK, FP8), h.dtype.element_ty
+    )
+    tl.store(h + (token * (K + S) + tl.minimum(slot, K)) * I + i, value, mask=i < width)
 
 
 @triton.jit
@@ -82,33 +80,31 @@ def _down(
 ):  # fmt: skip
     chain.begin(CHAINED)
     token, slot = tl.program_id(0).to(tl.int64), SLOTS - 1 - tl.program_id(2)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, expert = tl.program_id(1) * BLOCK, E
     if slot < K:
-        chain.wait(CHAINED)
-        expert = tl.load(topk_ids + token * K + slot)
-    else:
-        expert = slot - K + E
+        expert = tl.load(topk_ids + token * K + slot)  # there: `_up` begins late
     if expert < 0:
         chain.wait(CHAINED)
         return
     matrix, factors, width, grid = down_matrix(expert, down, shared_down, scale, shared_scale, D, I, E, S)
-    row = tl.where(d < D, d, 0)
-    rows, x = matrix + d * width, h + (token * (K + S) + slot) * I
+    d, x = first + tl.arange(0, BLOCK), h + (token * (K + S) + slot) * I
+    rows, inside = matrix + tl.where(d < D, d, 0) * width, d < D
+    factors += first // 128 * grid
     PART: tl.constexpr = (I + CHUNK - 1) // CHUNK * CHUNK
-    tiles = fetch(rows, d < D, width, PART, CHUNK)
+    fetched = _fetch(rows, inside, factors, width, PART, CHUNK, FP8)
     chain.wait(CHAINED)
-    total = _times(tiles, x, width, factors, row, grid, PART, BLOCK, CHUNK, FP8)
-    for first in range(PART, width, PART):  # the shared ones go on
-        tiles = fetch(rows + first, d < D, width - first, PART, CHUNK)
-        factors += PART // 128
-        total += _times(tiles, x + first, width - first, factors, row, grid, PART, BLOCK, CHUNK, FP8)
-    tl.store(y + (token * SLOTS + slot) * D + d, total.to(y.dtype.element_ty), mask=d < D)
+    total = _times(fetched, x, width, PART, BLOCK, CHUNK, FP8)
+    for begin in range(PART, width, PART):  # the shared ones go on
+        rest = width - begin
+        fetched = _fetch(rows + begin, inside, factors + begin // 128, rest, PART, CHUNK, FP8)
+        total += _times(fetched, x + begin, rest, PART, BLOCK, CHUNK, FP8)
+    tl.store(y + (token * SLOTS + slot) * D + d, total.to(y.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Numbers in a tile: 16 bytes per thread. Small programs, several waves of them, keep over 100 KB of loads in
-    flight on every multiprocessor."""
+    """Numbers in a tile: 16 bytes per thread in 16 bits, 8 in FP8, whose tiles are 128 wide. Small programs, several
+    waves of them, keep over 100 KB of loads in flight on every multiprocessor."""
 
     tile: int = 1024
     num_warps: int = 4
@@ -120,7 +116,7 @@ class Rows:
         slots = k + (s > 0)
         h = torch.empty(n, k + s, i, dtype=x.dtype, device=x.device)
         y = torch.empty(n, slots, d, dtype=x.dtype, device=x.device)
-        up, down = gemv.tiles_of(d, self.tile), gemv.tiles_of(i, self.tile)
+        up, down = self.tiles(d, weights.fp8), self.tiles(i, weights.fp8)
         _up[n, triton.cdiv(i, up["BLOCK"]), k + s](
             x, topk_ids, h, *weights.up_arguments(), x.stride(0),  # pyright: ignore[reportCallIssue]
             D=d, I=i, E=e, K=k, S=s, FP8=weights.fp8, **up,
@@ -131,3 +127,8 @@ class Rows:
             num_warps=self.num_warps, **chain.options(x),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return y
+
+    def tiles(self, width: int, fp8: bool) -> dict[str, int]:
+        """Rows of `width` as tiles of BLOCK x CHUNK. In FP8 a block of 128 rows and columns shares its factor, and none
+        of its rows may lie in another's program."""
+        return {"BLOCK": min(self.tile // 128, 128), "CHUNK": 128} if fp8 else gemv.tiles_of(width, self.tile)

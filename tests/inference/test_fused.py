@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -93,12 +94,18 @@ class Rows:
         if prompts:
             first = tensor([0, *prompts.values()], self.device, torch.int32).cumsum(0, dtype=torch.int32)
             pieces = []
-            if any(self.done[row] for row in prompts):
-                half = {row: self.done[row] // 2 for row in prompts}  # the context in two pieces
-                for ranges in ({r: (0, h) for r, h in half.items()}, {r: (h, self.done[r]) for r, h in half.items()}):
-                    held = [s for row, (a, b) in ranges.items() for s in self.slots(row, a, b)]
-                    starts = tensor([0, *(b - a for a, b in ranges.values())], self.device, torch.int32)
-                    pieces.append(fused.Piece(tensor(held, self.device), starts.cumsum(0, dtype=torch.int32)))
+            if old := [i for i, row in enumerate(prompts) if self.done[row]]:
+                some_rows, starts = (
+                    list(prompts)[old[0] : old[-1] + 1],
+                    [0, *np.cumsum(list(prompts.values())).tolist()],
+                )
+                begin, end = starts[old[0]], starts[old[-1] + 1]
+                first_q = tensor(starts[old[0] : old[-1] + 2], self.device, torch.int32) - begin
+                for part in range(2):  # the context in two pieces
+                    ranges = [(part * self.done[r] // 2, (part + 1) * self.done[r] // 2) for r in some_rows]
+                    held = [s for row, (a, b) in zip(some_rows, ranges) for s in self.slots(row, a, b)]
+                    first_k = tensor([0, *np.cumsum([b - a for a, b in ranges])], self.device, torch.int32)
+                    pieces.append(fused.Piece(tensor(held, self.device), first_q, first_k, begin, end))
             chunks = fused.Prefill(first, max(prompts.values()), pieces)
         for row, count in plan:
             self.done[row] += count
@@ -212,7 +219,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks: the interpreter's time goes by programs."""
-    few, many = linear_fp8.Rows(tile=1 << 14), linear_fp8.Tiles(block_m=128, block_n=32)
+    few, many = linear_fp8.Rows(block=128), linear_fp8.Tiles(block_m=128, block_n=32)
     rows, tiles, own = moe.Rows(tile=1 << 17), moe.Fp8Tiles(), moe.choose_tiles
     monkeypatch.setattr(linear_fp8, "choose", lambda x, weight: few if len(x) <= 4 else many)
     monkeypatch.setattr(

@@ -41,7 +41,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("way", "n", "m", "d"),
     [
-        (Rows(tile=4096), 1, 144, 256), (Rows(tile=1024), 3, 130, 72), (Rows(tile=16384), 4, 33, 1160),
+        (Rows(block=32), 1, 144, 256), (Rows(), 3, 130, 72), (Rows(block=128), 4, 33, 1160),
         (Tiles(), 5, 130, 136), (Tiles(), 16, 64, 128), (Tiles(block_m=128, block_n=32), 35, 272, 264),
         (Tiles(block_m=16, block_n=64, tall=True), 7, 130, 264), (Tiles(block_n=64, tall=True), 70, 136, 136),
     ],
@@ -60,7 +60,7 @@ def test_every_block_is_multiplied_by_its_own_factor(way: Rows | Tiles, n: int, 
         assert error(linear(x, weight, factors.flip(0).flip(1).contiguous(), way=way), expected) > 5e-2
 
 
-@pytest.mark.parametrize("way", [Rows(tile=8192), Tiles()])
+@pytest.mark.parametrize("way", [Rows(block=64), Tiles()])
 def test_a_token_does_not_see_its_neighbours(way: Rows | Tiles, device: str) -> None:
     weight, factors = blocks(64, 128, device)
     x = random(3, 128).to(device)

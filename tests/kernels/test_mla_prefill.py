@@ -61,9 +61,33 @@ def test_a_context_in_pieces_joined_by_log_sum_exp_equals_the_whole(device) -> N
     own = over([(s + c, e) for s, e, c in zip(starts, starts[1:], context)], True)
     first = over([(s, s + min(c, 10)) for s, c in zip(starts, context)], False)
     rest = over([(s + min(c, 10), s + c) for s, c in zip(starts, context)], False)
-    out, lse = mla_prefill.merge(mla_prefill.merge(own, first), rest)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(lse, norm, rtol=1e-4, atol=1e-5)
+    plain = mla_prefill.merge_ref(mla_prefill.merge_ref(own, first), rest)
+    for part in (first, rest):
+        mla_prefill.merge(*own, *part)
+    for out, lse in (own, plain):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, norm, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_joins_the_tokens_that_it_belongs_to_and_leaves_the_others(device) -> None:
+    """Some see no key in one of the two, or in both, and one sees far likelier ones."""
+    generator = torch.Generator().manual_seed(0)
+    out, part = (torch.randn(40, H, V, generator=generator).to(device) for _ in range(2))
+    lse, part_lse = (10 * torch.randn(H, 40, generator=generator).to(device) for _ in range(2))
+    lse[:, 3:6], part_lse[:, 5:8] = -torch.inf, -torch.inf
+    expected, joint = mla_prefill.merge_ref((out.clone(), lse.clone()), (part, part_lse))
+    joined, norm, rows = out.clone(), lse.clone(), slice(2, 21)
+    mla_prefill.merge(joined[rows], norm[:, rows], part[rows], part_lse[:, rows])
+    seen = torch.ones(40, dtype=torch.bool, device=device)
+    seen[5] = False  # nowhere a key: its output is of no meaning
+    inside = torch.zeros_like(seen)
+    inside[rows] = True
+    torch.testing.assert_close(joined[inside & seen], expected[inside & seen], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm[:, inside], joint[:, inside], rtol=1e-4, atol=1e-5)
+    assert torch.equal(joined[~inside], out[~inside])
+    assert torch.equal(norm[:, ~inside], lse[:, ~inside])
+    with pytest.raises(ValueError, match="cannot be joined"):
+        mla_prefill.merge(joined, norm, part[rows], part_lse[:, rows])
 
 
 def test_what_does_not_belong_to_a_row_is_not_read(device) -> None:
