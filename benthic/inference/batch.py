@@ -62,8 +62,9 @@ def _part(plan: Plan, begin: int, end: int) -> Plan:
     rows = slice(begin, end)
     decode = end - begin if end <= plan.decode else 0
     return Plan(
-        plan.seqs[rows], plan.counts[rows], plan.starts[rows], plan.sources[rows], decode, plan.queries, plan.drafts
-    )
+        plan.seqs[rows], plan.counts[rows], plan.starts[rows], plan.sources[rows], decode, plan.queries, plan.drafts,
+        plan.scores[rows],
+    )  # fmt: skip
 
 
 def build(plan: Plan, page_size: int, device: torch.device | str) -> Rows:

@@ -173,6 +173,9 @@ class SamplingParams:
     """Samples of the prompt, see `samples`."""
     logprobs: int = 0
     """How many of the likeliest tokens to report, with their log-probabilities, beside each chosen one."""
+    prompt_logprobs: int = -1
+    """How many of the likeliest tokens to report in place of each prompt token, beside the token's own
+    log-probability; 0 reports that alone, -1 nothing. Such a prompt is computed whole, whatever of it is cached."""
     structured_outputs: StructuredOutputsParams = field(default_factory=StructuredOutputsParams)
     """The form that the answer must have."""
 
@@ -193,6 +196,7 @@ class SamplingParams:
         self._check_ends()
         _integer("n", self.n, 1, MAX_SAMPLES)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _integer("prompt_logprobs", self.prompt_logprobs, -1, MAX_LOGPROBS)
         self._check_form()
 
     def _check_bias(self) -> None:

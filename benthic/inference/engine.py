@@ -198,7 +198,7 @@ class Engine:
         """Run one batch. Without anything to do, the step is empty. After an error it has not happened; where it fails
         again, abort its requests."""
         finished = list(self._aborted)
-        deltas = [Delta(seq.request_id, [], [], seq.finish_reason) for seq in finished]
+        deltas = [Delta.of(seq, 0) for seq in finished]
         if self._seqs or self._flying:
             try:
                 self._launch()
@@ -214,6 +214,8 @@ class Engine:
             alone = plan.decode if plan.decode == len(plan.seqs) else 0
             self.drafting.observe(alone, plan.queries - 1, plan.drafts, sum(gained))
             self.stats.preemptions = self.scheduler.preemptions
+            for seq, scores in zip(plan.seqs, result.scores):
+                seq.scores += scores
             for row, (seq, new) in enumerate(zip(plan.seqs, gained)):
                 if not new:
                     continue
@@ -221,7 +223,7 @@ class Engine:
                 seq.tops += result.tops[row][:new]
                 seq.drafts = result.drafts[row]
                 new -= self._follow(seq, new)
-                deltas.append(Delta(seq.request_id, seq.ids[-new:], seq.logprobs[-new:], seq.finish_reason))
+                deltas.append(Delta.of(seq, new))
                 if seq.finish_reason:
                     finished.append(self._seqs.pop(seq.request_id))
             if self._routing:
@@ -287,6 +289,7 @@ class Engine:
             finish_reason=seq.finish_reason,
             num_cached_tokens=max(0, seq.cached_tokens),
             top_logprobs=seq.tops,
+            prompt_logprobs=seq.prompt_logprobs,
             routed_experts=self._routing.take(seq) if self._routing else None,
         )
 

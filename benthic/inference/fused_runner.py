@@ -12,13 +12,14 @@ Letters: B decode rows of Q queries, C chunks of prompts, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benthic.inference import ahead, sampler
+from benthic.inference import ahead, sampler, scores
 from benthic.inference import controls as controls_of
 from benthic.inference.ahead import Ends
 from benthic.inference.config import EngineConfig
@@ -42,12 +43,13 @@ from benthic.inference.routed import RoutedExperts
 from benthic.inference.runner import Result, cut_to_host, make_cache
 from benthic.inference.sampler import Choice
 from benthic.inference.scheduler import Plan
+from benthic.inference.scores import Scores
 from benthic.inference.share import ranks_of
 from benthic.kernels.speculate import verify
 from benthic.model.transformer import Transformer
 
 STEADY = 16  # steps after which a graph for the same sampled rows pays
-STAGES = 6  # arrays under way: two of each step, of the one that runs, the next, and the one that is planned
+STAGES = 9  # arrays under way: three of each step, of the one that runs, the next, and the one that is planned
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Pending:
 
     plan: Plan
     parts: list[Chosen]
+    scores: Scores | None
     done: Any
 
 
@@ -122,9 +125,10 @@ class FusedRunner:
         guided = sum(seq.params.guided for seq in decode)
         cut = () if bitmask is None else (bitmask[:guided], bitmask[guided:])
         masks: list[Tensor | None] = [mask.to(self.device) for mask in cut] or [None, None]
-        parts = self._eager(plan, masks) if prompts else [self._replay(plan, masks[0])]
-        host = [self._to_host(part) for part in parts]
-        return Pending(plan, host, self.gpu.event())
+        found, scored = self._eager(plan, masks) if prompts else ([self._replay(plan, masks[0])], None)
+        parts = [self._to_host(part) for part in found]
+        host = None if scored is None else Scores(*map(self._copied, scored))
+        return Pending(plan, parts, host, self.gpu.event())
 
     def collect(self, pending: Pending) -> Result:
         """Wait for a step's results."""
@@ -135,7 +139,7 @@ class FusedRunner:
             seqs = plan.seqs[begin : plan.decode] if begin < plan.decode else plan.seqs[begin:]
             results.append(cut_to_host(seqs, part.choice, part.accepted, part.drafts))
             begin += len(seqs)
-        return Result.joined(results)
+        return Result.joined(results)._replace(scores=scores.to_host(plan, pending.scores))
 
     # Decode rows alone
 
@@ -186,7 +190,7 @@ class FusedRunner:
 
     # Steps with prompts
 
-    def _eager(self, plan: Plan, masks: list[Tensor | None]) -> list[Chosen]:
+    def _eager(self, plan: Plan, masks: list[Tensor | None]) -> tuple[list[Chosen], Scores | None]:
         chunks, d, parts = chunk_rows(plan, self.config.page_size, self.staging.send), plan.decode, []
         found = None
         if d:
@@ -200,7 +204,14 @@ class FusedRunner:
             parts.append(self._decoded(found, logits, self._controls(plan.seqs[:d]), masks[0], d, plan.drafts))
         parts.append(self._prompted(plan, chunks, hidden[n:], n, masks[1]))
         next_ids = torch.cat([ids for _, ids in parts])
-        return self._finish([ends for ends, _ in parts], hidden, next_ids, tokens, plan.drafts)
+        scored = self._scores(plan, chunks, hidden[n:]) if plan.scores else None
+        return self._finish([ends for ends, _ in parts], hidden, next_ids, tokens, plan.drafts), scored
+
+    def _scores(self, plan: Plan, chunks: Chunks, hidden: Tensor) -> Scores:
+        """Of chunks, whose hidden states are given."""
+        begins = [0] * plan.decode + [0, *accumulate(chunks.counts)][:-1]
+        asked = self.staging.send(scores.places(plan, begins))
+        return scores.score(plan, hidden, asked, self.forward.logits, self.vocab_size, QUICK)
 
     # What both share: rows choose, then all draft
 
@@ -287,11 +298,11 @@ class FusedRunner:
         return torch.tensor([seq.ids + [0] * (longest - len(seq.ids)) for seq in seqs], device=self.device)
 
     def _to_host(self, chosen: Chosen) -> Chosen:
-        def copy(tensor: Tensor) -> Tensor:
-            return self.gpu.pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+        choice = Choice(*(None if t is None else self._copied(t) for t in chosen.choice))  # type: ignore[arg-type]
+        return Chosen(choice, self._copied(chosen.accepted), self._copied(chosen.drafts))
 
-        choice = Choice(*(None if t is None else copy(t) for t in chosen.choice))  # type: ignore[arg-type]
-        return Chosen(choice, copy(chosen.accepted), copy(chosen.drafts))
+    def _copied(self, tensor: Tensor) -> Tensor:
+        return self.gpu.pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
 
 
 def _bucket(rows: int) -> int:

@@ -107,7 +107,7 @@ class Leading:
             "do": "launch",
             "gone": gone,
             "rows": [self._row(seq) for seq in plan.seqs],
-            "plan": [plan.counts, plan.starts, plan.sources, plan.decode, plan.queries, plan.drafts],
+            "plan": [plan.counts, plan.starts, plan.sources, plan.decode, plan.queries, plan.drafts, plan.scores],
             "mask": mask,
         }
 

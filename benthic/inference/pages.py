@@ -73,12 +73,12 @@ class PagePool:
         self.given += len(pages)
         pages.clear()
 
-    def find(self, ids: list[int], salt: str) -> tuple[list[int], int]:
-        """Pages that hold the longest known beginning of `ids`, and its node. One token at least is left over, because
-        somebody must compute the logits of the next. Holds nothing yet."""
+    def find(self, ids: list[int], salt: str, most: int) -> tuple[list[int], int]:
+        """Pages that hold the longest known beginning of `ids`, up to `most` tokens, and its node. One token at least
+        is left over, because somebody must compute the logits of the next. Holds nothing yet."""
         pages: list[int] = []
         node = self.root
-        for index in range((len(ids) - 1) // self.page_size):
+        for index in range(min(len(ids) - 1, most) // self.page_size):
             entry = self._nodes.get(self._key(node, salt, ids, index))
             if entry is None:
                 break

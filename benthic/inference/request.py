@@ -1,5 +1,6 @@
 """A request on its way in, while it runs, and on its way out. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -10,6 +11,14 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 Top = list[tuple[int, float]]  # the likeliest tokens of one place with their log-probabilities, best first
+
+
+class PromptPlace(NamedTuple):
+    """What the model thought of one prompt token, given those before it."""
+
+    logprob: float  # log softmax(logits)[token], as of answer tokens
+    rank: int  # 1 for the likeliest token; one more for each that is likelier
+    top: Top  # the `params.prompt_logprobs` likeliest tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +66,20 @@ class Seq:
     drafts: list[int] = field(default_factory=list)  # guesses for the tokens after ids[-1]
     logprobs: list[float] = field(default_factory=list)
     tops: list[Top] = field(default_factory=list)  # one per answer token where params.logprobs asks for it
+    scores: list[PromptPlace] = field(default_factory=list)  # of its prompt from the second token on
     finish_reason: FinishReason | Literal[""] = ""
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not all known."""
+        return self.params.prompt_logprobs >= 0 and len(self.scores) < self.prompt_len - 1
+
+    @property
+    def prompt_logprobs(self) -> list[PromptPlace | None] | None:
+        """As of `Output`."""
+        if self.params.prompt_logprobs < 0 or not self.logprobs:
+            return None
+        return [None, *self.scores]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -77,6 +99,23 @@ class Delta(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason | Literal[""]
+    tops: Sequence[Top] = ()  # per token the `params.logprobs` likeliest; empty where none are asked for
+    num_cached_tokens: int = 0  # prompt tokens that were found computed, the same in every delta of a request
+    prompt_logprobs: list[PromptPlace | None] | None = None  # as of `Output`, in the delta with the first token
+
+    @classmethod
+    def of(cls, seq: Seq, new: int) -> "Delta":
+        """What is to be said of the last `new` tokens of a request."""
+        first = len(seq.logprobs) - new
+        return cls(
+            request_id=seq.request_id,
+            token_ids=seq.ids[len(seq.ids) - new :],
+            logprobs=seq.logprobs[first:],
+            finish_reason=seq.finish_reason,
+            tops=seq.tops[first:],
+            num_cached_tokens=max(0, seq.cached_tokens),
+            prompt_logprobs=seq.prompt_logprobs if new and first == 0 else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +136,9 @@ class Output:
     """Tokens of the prompt whose latents were found computed."""
     top_logprobs: list[Top] = field(default_factory=list)
     """Per answer token the `params.logprobs` likeliest; [] where none are asked for."""
+    prompt_logprobs: list[PromptPlace | None] | None = None
+    """With `params.prompt_logprobs` one entry per prompt token, None for the first, which nothing stands before. None
+    where they are not asked for, and for a request that was aborted before its first token."""
     routed_experts: "np.ndarray | None" = field(default=None, compare=False, repr=False)
     """With `return_routed_experts`: the experts [tokens, mixture layers, K] of prompt and answer but its last token, in
     the pass that the log-probabilities come from, cached prefixes included. Those of prediction modules are not."""

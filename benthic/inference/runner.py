@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from benthic.base.errors import BenthicError, DoesNotFit
-from benthic.inference import batch, sampler, speculative
+from benthic.inference import batch, sampler, scores, speculative
 from benthic.inference.config import EngineConfig
-from benthic.inference.request import Seq, Top
+from benthic.inference.request import PromptPlace, Seq, Top
 from benthic.inference.routed import RoutedExperts
 from benthic.inference.scheduler import Plan
+from benthic.inference.scores import NOT_FINITE, Scores
 from benthic.inference.share import ranks_of
 from benthic.model.cache import CacheView, LatentCache
 from benthic.model.transformer import Transformer
@@ -20,17 +21,29 @@ from benthic.model.transformer import Transformer
 
 class Result(NamedTuple):
     """Per row of the plan: the chosen tokens, at least one, their log-probabilities, the drafts of the next, and, as
-    many as the row asked for, the likeliest tokens in place of each chosen one."""
+    many as the row asked for, the likeliest tokens in place of each chosen one. `scores` of prompts are empty, or per
+    row what the plan asked for."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     drafts: list[list[int]]
     tops: list[list[Top]]
+    scores: list[list[PromptPlace]]
 
     @classmethod
     def joined(cls, parts: list["Result"]) -> "Result":
         """Of neighbouring rows."""
         return cls(*(list(chain.from_iterable(lists)) for lists in zip(*parts)))
+
+
+class Part(NamedTuple):
+    """Like rows of a step and what they chose."""
+
+    plan: Plan
+    choice: sampler.Choice
+    accepted: Tensor
+    drafts: Tensor
+    scores: Scores | None
 
 
 class Runner(Protocol):
@@ -70,14 +83,13 @@ class PlainRunner:
         self.routed = RoutedExperts(model, len(self.ids)) if config.return_routed_experts else None
         self.ranks = ranks_of(model)
 
-    def collect(self, pending: list[tuple[list[Seq], sampler.Choice, Tensor, Tensor]]) -> Result:
+    def collect(self, pending: list[Part]) -> Result:
         """What `launch` has found."""
-        return Result.joined([cut_to_host(*part) for part in pending])
+        chosen = Result.joined([cut_to_host(p.plan.seqs, p.choice, p.accepted, p.drafts) for p in pending])
+        return chosen._replace(scores=[row for part in pending for row in scores.to_host(part.plan, part.scores)])
 
     @torch.inference_mode()
-    def launch(
-        self, plan: Plan, bitmask: Tensor | None = None
-    ) -> list[tuple[list[Seq], sampler.Choice, Tensor, Tensor]]:
+    def launch(self, plan: Plan, bitmask: Tensor | None = None) -> list[Part]:
         """Compute the plan's tokens and choose the next ones. `bitmask` of the guided rows as in `sampler.choose`."""
         parts, guided = [], 0
         cut = batch.rows(plan) if self.config.deterministic else batch.cut(plan, self.config.max_num_batched_tokens)
@@ -86,7 +98,7 @@ class PlainRunner:
             parts.append(self._part(part, None if bitmask is None or guided == first else bitmask[first:guided]))
         return parts
 
-    def _part(self, plan: Plan, bitmask: Tensor | None) -> tuple[list[Seq], sampler.Choice, Tensor, Tensor]:
+    def _part(self, plan: Plan, bitmask: Tensor | None) -> Part:
         rows = batch.build(plan, self.config.page_size, self.device)
         view = CacheView(self.cache, rows.write, rows.table)
         self.ids[rows.write] = rows.ids
@@ -105,7 +117,16 @@ class PlainRunner:
             ahead = speculative.ahead(self.model, view, rows, hidden, choice.tokens, accepted)  # [B, d]
             drafts = speculative.drafts(self.model, self.cache, rows, ahead, accepted, plan.drafts, self.vocab_size)
             drafts = self.ranks.agree(drafts)
-        return plan.seqs, choice, accepted, drafts
+        return Part(
+            plan, choice, accepted, drafts, self._scores(plan, hidden) if any(end for _, end in plan.scores) else None
+        )
+
+    def _scores(self, plan: Plan, hidden: Tensor) -> Scores:
+        """Of the prompts of a part, hidden [B, Q, d]."""
+        begins = range(0, hidden.shape[0] * hidden.shape[1], hidden.shape[1])
+        asked = torch.from_numpy(scores.places(plan, begins)).to(self.device)
+        flat, one = hidden.flatten(0, 1), 1 if self.config.deterministic else 0
+        return scores.score(plan, flat, asked, self.model.logits, self.vocab_size, sampler.PLAIN, one)
 
     def _hidden(self, plan: Plan, rows: batch.Rows, view: CacheView) -> Tensor:
         """Hidden states [B, Q, d]. Deterministic: of one row, token by token, each over exactly its own context. All
@@ -135,11 +156,11 @@ def cut_to_host(seqs: list[Seq], choice: sampler.Choice, accepted: Tensor, draft
     numbers are an error."""
     k, rows = choice.tokens.shape[1], len(seqs)
     integers = torch.cat((choice.tokens, accepted.unsqueeze(1), drafts), 1)[:rows].tolist()  # [B, K + 1 + drafts]
-    scores = [row[: 1 + ints[k]] for row, ints in zip(choice.logprobs.tolist(), integers)]
-    if not math.isfinite(sum(map(sum, scores))):
-        raise BenthicError("the model's logits are not finite -> check the weights (a diverged or damaged checkpoint)")
+    logprobs = [row[: 1 + ints[k]] for row, ints in zip(choice.logprobs.tolist(), integers)]
+    if not math.isfinite(sum(map(sum, logprobs))):
+        raise BenthicError(NOT_FINITE)
     tokens, drafted = [ints[: 1 + ints[k]] for ints in integers], [ints[k + 1 :] for ints in integers]
-    return Result(tokens, scores, drafted, _tops(seqs, choice))
+    return Result(tokens, logprobs, drafted, _tops(seqs, choice), [])
 
 
 def _tops(seqs: list[Seq], choice: sampler.Choice) -> list[list[Top]]:

@@ -18,6 +18,7 @@ a step is in flight: a plan that would need it is empty, and the caller commits 
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benthic.inference.config import EngineConfig
@@ -34,6 +35,9 @@ class Plan:
     the drafts are those that row `sources[i]` of the step before this one chooses, and every draft that it accepts
     moves the row one position on. The other rows are chunks of prompts; only one that ends at `seq.fill` chooses a
     token. Rows that choose draft `drafts` tokens for the next step.
+
+    `scores[i]` are the places (first, end) of a prompt at which row i says how likely the token after each is; `scores`
+    is empty where no row of prompts is asked to.
     """
 
     seqs: list[Seq]
@@ -43,6 +47,7 @@ class Plan:
     decode: int
     queries: int = 1
     drafts: int = 0
+    scores: Sequence[tuple[int, int]] = ()
 
 
 class Scheduler:
@@ -96,7 +101,8 @@ class Scheduler:
         sources = [seq.row if seq.start >= len(seq.ids) else -1 for seq in seqs]
         queries = 1 + max((seq.made for seq in seqs[:decode]), default=0)
         drafts = self._drafts(seqs, counts, decode)
-        plan = Plan(seqs, counts, [seq.start for seq in seqs], sources, decode, queries, drafts)
+        starts = [seq.start for seq in seqs]
+        plan = Plan(seqs, counts, starts, sources, decode, queries, drafts, _scores(seqs, counts, decode))
         for row, (seq, count) in enumerate(zip(seqs, counts)):
             seq.flying += 1
             seq.row = row
@@ -167,7 +173,7 @@ class Scheduler:
         state = (seq, self.pool.given, len(self.running))
         if len(self.running) >= self.max_rows or state == self._stuck:
             return False
-        known, node = self.pool.find(seq.ids, seq.salt)
+        known, node = self.pool.find(seq.ids, seq.salt, _reusable(seq))
         need = self.pool.needed(len(seq.ids)) - len(known)
         revived = sum(self.pool.refs[page] == 0 for page in known)
         if len(self.pool.free) - revived - need < len(self.running):
@@ -252,6 +258,24 @@ class Scheduler:
     def reset_cache(self) -> None:
         """The weights have changed: forget every computed prefix. Running requests go on with the latents they have."""
         self.pool.reset()
+
+
+def _scores(seqs: list[Seq], counts: list[int], decode: int) -> list[tuple[int, int]]:
+    """What each row scores: of a prompt that wants it, the places of its chunk that are not scored yet and that another
+    token of the prompt follows."""
+    if not any(seq.unscored for seq in seqs[decode:]):
+        return []
+    scores = [(0, 0)] * decode
+    for seq, count in zip(seqs[decode:], counts[decode:]):
+        first, end = max(seq.start, len(seq.scores)), min(seq.start + count, seq.prompt_len - 1)
+        scores.append((first, end) if seq.unscored and first < end else (0, 0))
+    return scores if any(end for _, end in scores) else []
+
+
+def _reusable(seq: Seq) -> int:
+    """How many of its tokens may be found computed: all, but where its prompt is to be scored, not past the first place
+    whose logits are missing."""
+    return len(seq.scores) if seq.unscored else len(seq.ids)
 
 
 def _rank(seq: Seq) -> tuple[int, int]:

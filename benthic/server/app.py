@@ -1,12 +1,12 @@
 """The routes, errors in OpenAI's shape, and `serve`: a model folder behind a port."""
 
-import contextlib
-import importlib.metadata
+import gc
 import logging
 import signal
 import sys
+import threading
 import traceback
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from benthic.base.errors import InputError, Interrupted
 from benthic.base.signals import leave_to_rank_0
@@ -17,26 +17,32 @@ try:
     import nh3  # noqa: F401
     import pygments  # noqa: F401
     import uvicorn  # noqa: F401
-    from starlette.applications import Starlette
+    from fastapi import FastAPI
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
-    from starlette.routing import Route
+    from starlette.routing import BaseRoute, Route
 except ModuleNotFoundError as missing:
     raise InputError(f"the server needs {missing.name}, not installed -> pip install 'benthic[server]'") from missing
 
-from benthic.inference.config import EngineConfig
+from benthic.inference.config import EngineConfig, StructuredOutputsParams
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
-from benthic.server import render, static
+from benthic.server import about, generate, render, static, tokens
 from benthic.server.auth import Gate, read_key
-from benthic.server.completions import Chat, Service
 from benthic.server.config import ServeConfig
+from benthic.server.errors import ApiError
 from benthic.server.listener import Server, bind, url
-from benthic.server.protocol import ApiError, dump
+from benthic.server.openapi import document
+from benthic.server.queue import Queue
+from benthic.server.route import get, json_response
+from benthic.server.service import Check, Forms, Service
+from benthic.server.stream import Ticket
+from benthic.server.types.replies import Schema
+from benthic.server.wire import dump
 from benthic.server.worker import Worker
 from benthic.tokenizer import chat
-from benthic.tokenizer.templates import THINKS, ThinkingRefused
+from benthic.tokenizer.templates import THINKS
 
 log = logging.getLogger("benthic.server")
 
@@ -57,6 +63,7 @@ def serve(config: ServeConfig) -> None:
         service = _service(config, llm)
         server = Server(build(service, config.host, key), service.worker, config.shutdown_timeout)
         service.worker.run()
+        gc.freeze()  # the model and all modules stay; collections that look at them stall the loop for 0.2 s
         print(f"{config.name} is served at {url(listener)}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
         service.worker.join(timeout=5)
@@ -86,75 +93,56 @@ def _service(config: ServeConfig, llm: LLM) -> Service:
     return Service(
         name=config.name,
         tokenizer=llm.tokenizer,
-        worker=Worker(llm.engine, config.max_num_seqs + config.max_queued_requests),
+        worker=Worker(llm.engine, _turns(config, llm.engine.scheduler.max_rows), config.request_timeout),
         max_model_len=llm.engine.config.max_model_len,
+        vocab_size=llm.engine.vocab_size,
         thinking=thinking,
+        forms=Forms(_compiler(llm)),
     )
 
 
-def build(service: Service, host: str, key: str) -> Gate:
-    """The ASGI app: the gate, and the routes behind it."""
+def _compiler(llm: LLM) -> Check:
+    """Compiles a form of answers for the engine; two threads may ask."""
+    lock = threading.Lock()  # the engine makes its grammars at first use
+
+    def check(form: StructuredOutputsParams) -> None:
+        with lock:
+            llm.engine.grammars.compile(form)
+
+    return check
+
+
+def _turns(config: ServeConfig, rows: int) -> Queue[Ticket]:
+    """The queue before an engine that runs `rows` requests: it gets a few more, to have the next at hand."""
+    return Queue(rows + max(1, rows // 8), config.max_queued_requests, config.max_queued_tokens)
+
+
+def build(service: Service, host: str, key: str, more: Sequence[BaseRoute] = ()) -> Gate:
+    """The ASGI app: the gate, and the routes behind it, of which `more` come from outside this file."""
     handled = (ApiError, HTTPException, ClientDisconnect, Exception)
-    app = Starlette(routes=routes(service), exception_handlers=dict.fromkeys(handled, _answer_error))
-    app.router.redirect_slashes = False
+    app = FastAPI(
+        openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
+        exception_handlers=dict.fromkeys(handled, _answer_error),
+    )  # fmt: skip
+    app.router.routes.extend(routes(service, more))
     return Gate(app, host, key)
 
 
-def routes(service: Service) -> list[Route]:
+def routes(service: Service, more: Sequence[BaseRoute] = ()) -> list[BaseRoute]:
     """Every route of the server."""
-    about = About(service)
-    return [
-        Route("/health", about.health),
-        Route("/version", about.version),
-        Route("/v1/models", about.models),
-        Route("/v1/chat/completions", Chat(service), methods=["POST"]),
-        *render.routes(),
-        *static.routes(),
-    ]
+    all: list[BaseRoute] = [*about.routes(service), *generate.routes(service), *tokens.routes(service)]
+    all += [*render.routes(), *static.routes(), *more]
 
+    async def openapi() -> Response:
+        """The schema of every route."""
+        return json_response(schema)
 
-@dataclass(frozen=True)
-class About:
-    """The routes that say what the server is."""
-
-    service: Service
-
-    async def health(self, request: Request) -> Response:
-        """200 while requests are accepted, 503 while the server drains or after the engine has failed."""
-        if self.service.worker.refusal:
-            raise ApiError(503, self.service.worker.refusal, code="unavailable")
-        return _json({"status": "ok"})
-
-    async def models(self, request: Request) -> Response:
-        """The one model."""
-        service = self.service
-        model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "benthic"}
-        return _json({"object": "list", "data": [{**model, **_details(service)}]})
-
-    async def version(self, request: Request) -> Response:
-        """The package's version."""
-        return _json({"version": _version()})
-
-
-def _details(service: Service) -> dict[str, object]:
-    """What a client may ask of the model: its context, and the choices of thinking of its chat template."""
-    thinking = []
-    for choice in (False, True):
-        with contextlib.suppress(ThinkingRefused):
-            chat.check(service.tokenizer, choice)
-            thinking.append(choice)
-    return {"max_model_len": service.max_model_len, "thinking": thinking}
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("benthic")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+source"  # a checkout that was not installed
-
-
-def _json(value: object) -> Response:
-    return Response(dump(value), media_type="application/json")
+    all.append(get("/openapi.json", openapi, Schema, "The schema of every route"))
+    schema = document(all)
+    for route in all:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # only now: the schema needs not say that
+    return all
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

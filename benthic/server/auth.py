@@ -16,8 +16,9 @@ from typing import Any
 from benthic.base.errors import InputError
 from benthic.server import static
 from benthic.server.config import ServeConfig
+from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
-from benthic.server.protocol import ApiError, dump
+from benthic.server.wire import dump
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -66,6 +67,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def caller(scope: Scope) -> str:
+    """Who asks, as far as turns and logs are concerned: the key's short hash, or the address where no key is needed."""
+    return scope.get("caller") or (scope.get("client") or ("unknown",))[0]
+
+
 class Gate:
     """ASGI middleware. `key` "" asks for none; a server on a loopback `host` answers to local names only."""
 
@@ -94,6 +100,7 @@ class Gate:
             _check_local(headers, scope["scheme"])
         if self._digest and scope["raw_path"] not in OPEN_PATHS:
             self._check_key(_values(headers, b"authorization"))
+            scope["caller"] = f"key-{self._digest.hex()[:8]}"
         length = _values(headers, b"content-length")
         if length and (len(length[0]) > 18 or int(length[0]) > LIMITS["body_bytes"].high):
             raise _too_large()

@@ -43,6 +43,10 @@ class ServeConfig:
     """Most requests that run at once."""
     max_queued_requests: int = 256
     """Most requests that wait; one more is answered with 429."""
+    max_queued_tokens: int = 2**22
+    """Most prompt tokens that wait together; with more, too, the answer is 429."""
+    request_timeout: float = 3600.0
+    """Seconds that a request may take, waiting included; a client may ask for fewer."""
     shutdown_timeout: float = 30.0
     """Seconds that accepted requests get to finish after SIGTERM."""
     parallel: Annotated[ParallelConfig, arg(name="")] = field(default_factory=ParallelConfig)
@@ -54,6 +58,7 @@ class ServeConfig:
             ("max_model_len", 0, math.inf),
             ("max_num_seqs", 1, math.inf),
             ("max_queued_requests", 0, math.inf),
+            ("max_queued_tokens", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -62,6 +67,8 @@ class ServeConfig:
                 )
         if not (math.isfinite(self.shutdown_timeout) and self.shutdown_timeout >= 0):
             raise InputError(f"shutdown_timeout is {self.shutdown_timeout} -> use a number of seconds, 0 or more")
+        if not (math.isfinite(self.request_timeout) and self.request_timeout > 0):
+            raise InputError(f"request_timeout is {self.request_timeout} -> use a number of seconds above 0")
         if not self.host:
             raise InputError("host is empty -> use 127.0.0.1, or 0.0.0.0 with an API key")
 

@@ -5,12 +5,15 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Protocol, Self
+from typing import Protocol
 
 from benthic.base.errors import InputError
 from benthic.inference.request import Delta, Request
-from benthic.server.protocol import ApiError
+from benthic.server.errors import ApiError
+from benthic.server.queue import Full, Queue
+from benthic.server.stream import Stream, Ticket
 
 log = logging.getLogger("benthic.server")
 
@@ -47,79 +50,22 @@ class Engine(Protocol):
         ...
 
 
-class Stream:
-    """A place in the worker and the tokens that arrive there. Belongs to the event loop.
+class Worker:
+    """Requests wait in `turns` until the engine has a place; each may take `request_timeout` seconds, waiting included.
 
-    `async with worker.open() as stream` gives the place back and stops the engine's work, however the block ends;
-    inside, `stream.start(request)` once and `async for ids, finish_reason in stream`.
+    The engine gets no priorities: those of a request hold among its client's own.
     """
 
-    def __init__(self, worker: "Worker"):
-        self._worker = worker
-        self._ids: list[int] = []
-        self._finish_reason = ""
-        self._error: ApiError | None = None
-        self._changed = asyncio.Event()
-        self._ended = False  # the reader has seen the finish reason
-        self.started = False
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._worker.close(self)
-
-    def start(self, request: Request) -> None:
-        """Hand the request to the engine thread."""
-        self.started = True
-        self._worker.submit(self, request)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[list[int], str]:
-        """All ids since the last call and the finish reason, "" while it goes on. Raises ApiError if it failed."""
-        if self._ended:
-            raise StopAsyncIteration
-        await self._changed.wait()
-        self._changed.clear()
-        if self._error is not None:
-            raise self._error
-        ids, self._ids = self._ids, []
-        self._ended = bool(self._finish_reason)
-        return ids, self._finish_reason
-
-    @property
-    def finished(self) -> bool:
-        """The engine has forgotten the request by itself."""
-        return bool(self._finish_reason) or self._error is not None
-
-    def feed(self, ids: list[int], finish_reason: str) -> None:
-        """Add what one step brought."""
-        self._ids += ids
-        self._finish_reason = finish_reason
-        self._changed.set()
-
-    def fail(self, error: ApiError) -> None:
-        """End the request with an error, unless it has finished."""
-        if not self.finished:
-            self._error = error
-            self._changed.set()
-
-
-class Worker:
-    """At most `capacity` requests at once, running and waiting together."""
-
-    def __init__(self, engine: Engine, capacity: int):
+    def __init__(self, engine: Engine, turns: Queue[Ticket], request_timeout: float = 3600.0):
         self._engine = engine
-        self._capacity = capacity
+        self._turns = turns  # event loop only, like the next three
+        self._request_timeout = request_timeout
+        self._open: set[Stream] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="benthic-engine", daemon=True)
-        self._open: set[Stream] = set()  # event loop only
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._running: dict[int, Stream] = {}  # engine thread only, like the next two
-        self._ids: dict[Stream, int] = {}
-        self._stopped = False
+        self._running: dict[int, Ticket] = {}  # engine thread only
+        self._stopped = False  # the same
         self.refusal = ""  # why no request is accepted; "" while they are
 
     def run(self) -> None:
@@ -128,27 +74,76 @@ class Worker:
 
     # On the event loop
 
-    def open(self) -> Stream:
-        """Take a place. Raises ApiError 503 while none is given, 429 where all are taken."""
+    def open(self, client: str) -> Stream:
+        """Begin a call of `client`. Raises ApiError 503 while none is accepted, 429 where it would find no room."""
         if self.refusal:
             raise ApiError(503, self.refusal, code="unavailable", headers=(("retry-after", "1"),))
-        if len(self._open) >= self._capacity:
-            message = f"all {self._capacity} places are taken -> try again later"
-            raise ApiError(429, message, code="queue_full", headers=(("retry-after", "1"),))
+        begun = sum(not stream.tickets for stream in self._open if stream.client == client)
+        try:
+            self._turns.check(client, begun + 1)
+        except Full:
+            raise self._full() from None
         self._loop = asyncio.get_running_loop()
-        stream = Stream(self)
+        stream = Stream(self, client, self._request_timeout)
         self._open.add(stream)
         return stream
 
-    def submit(self, stream: Stream, request: Request) -> None:
-        """Have the engine thread add the request before its next step."""
-        self._inbox.put(partial(self._add, stream, request))
+    def submit(self, tickets: list[Ticket]) -> None:
+        """Have the requests wait for their turns."""
+        most = self._turns.places + self._turns.max_waiting
+        if len(tickets) > most:
+            raise ApiError(400, f"{len(tickets)} answers in one call; this server makes at most {most} at once")
+        try:
+            out = self._turns.add(tickets)
+        except Full:
+            raise self._full() from None
+        for ticket in out:
+            ticket.stream.fail(self._full())
+        self._start()
+
+    def withdraw(self, tickets: list[Ticket]) -> None:
+        """End the requests: those that run before the engine's next step."""
+        running = [ticket for ticket in tickets if ticket.state == "running"]
+        for ticket in tickets:
+            if ticket.state == "waiting":
+                self._turns.leave(ticket)
+        for ticket in running:
+            self._turns.end(ticket, self._now())
+        if running:
+            self._inbox.put(partial(self._abort, running))
+        self._start()
 
     def close(self, stream: Stream) -> None:
-        """Give the place back; an unfinished request is aborted before the engine's next step."""
+        """The call has ended."""
         self._open.discard(stream)
-        if stream.started and not stream.finished:
-            self._inbox.put(partial(self._abort, stream))
+
+    def _start(self) -> None:
+        """Hand the engine those whose turn it is."""
+        tickets = list(iter(self._turns.next, None))
+        if tickets:
+            self._inbox.put(partial(self._add, tickets))
+
+    def _feed(self, news: list[tuple[Ticket, Delta]]) -> None:
+        """What a step brought."""
+        for ticket, delta in news:
+            if ticket.state != "running":
+                continue  # withdrawn meanwhile
+            if ticket.cached < 0:
+                ticket.cached = delta.num_cached_tokens
+                self._turns.give(ticket, -ticket.cached)
+            self._turns.give(ticket, len(delta.token_ids))
+            if delta.finish_reason:
+                self._turns.end(ticket, self._now())
+            ticket.stream.feed(ticket, delta)
+        self._start()
+
+    def _full(self) -> ApiError:
+        wait = str(self._turns.retry_after(self._now()))
+        message = f"the queue is full -> try again in {wait} s"
+        return ApiError(429, message, code="queue_full", headers=(("retry-after", wait),))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     @property
     def idle(self) -> bool:
@@ -169,7 +164,7 @@ class Worker:
         self._thread.join(timeout)
 
     def _fail_open(self, message: str) -> None:
-        for stream in self._open:
+        for stream in list(self._open):
             stream.fail(ApiError(503, message, code="unavailable"))
 
     # In the engine thread
@@ -194,46 +189,47 @@ class Worker:
 
     def _step(self) -> None:
         try:
-            deltas = [delta for delta in self._engine.step().deltas if delta.request_id in self._running]
+            deltas = self._engine.step().deltas
         except Exception as error:
             if not self._running:
                 raise  # nobody to tell: the engine itself is broken
             log.exception("the engine failed; %d running requests end with an error", len(self._running))
             self._fail_running(error)
             return
-        self._call(partial(_feed, [(self._running[d.request_id], d.token_ids, d.finish_reason) for d in deltas]))
-        for delta in deltas:
+        news = [(self._running[delta.request_id], delta) for delta in deltas if delta.request_id in self._running]
+        if news:
+            self._call(partial(self._feed, news))
+        for _, delta in news:
             if delta.finish_reason:
-                del self._ids[self._running.pop(delta.request_id)]
+                del self._running[delta.request_id]
 
     def _fail_running(self, error: Exception) -> None:
         """Fail what runs and clear the engine. Where that fails too, the thread ends and the server refuses all."""
-        streams = dict(self._running)
-        self._running.clear()
-        self._ids.clear()
+        tickets, self._running = self._running, {}
         try:
-            for request_id in streams:
+            for request_id in tickets:
                 self._engine.abort(request_id)
         finally:
-            self._call(lambda: [stream.fail(_failure(error)) for stream in streams.values()])
+            self._call(partial(_fail, list(tickets.values()), _failure(error)))
 
-    def _add(self, stream: Stream, request: Request) -> None:
-        try:
-            request_id = self._engine.add(request)
-        except InputError as error:
-            self._call(partial(stream.fail, ApiError(400, str(error))))
-            return
-        except Exception as error:
-            log.exception("the engine could not take a request, which ends with an error")
-            self._call(partial(stream.fail, _failure(error)))
-            return
-        self._running[request_id], self._ids[stream] = stream, request_id
+    def _add(self, tickets: list[Ticket]) -> None:
+        """Add the requests to the engine. One that it does not take fails with its stream."""
+        for ticket in tickets:
+            try:
+                ticket.request_id = self._engine.add(replace(ticket.request, priority=0))
+            except InputError as error:
+                self._call(partial(_fail, [ticket], ApiError(400, str(error))))
+            except Exception as error:
+                log.exception("the engine could not take a request, which ends with an error")
+                self._call(partial(_fail, [ticket], _failure(error)))
+            else:
+                self._running[ticket.request_id] = ticket
 
-    def _abort(self, stream: Stream) -> None:
-        request_id = self._ids.pop(stream, None)
-        if request_id is not None:  # None: it finished meanwhile
-            del self._running[request_id]
-            self._engine.abort(request_id)
+    def _abort(self, tickets: list[Ticket]) -> None:
+        """Those that have ended meanwhile are left alone."""
+        for ticket in tickets:
+            if self._running.pop(ticket.request_id, None) is not None:
+                self._engine.abort(ticket.request_id)
 
     def _halt(self) -> None:
         self._stopped = True
@@ -251,9 +247,9 @@ class Worker:
                 raise
 
 
-def _feed(news: list[tuple[Stream, list[int], str]]) -> None:
-    for stream, ids, finish_reason in news:
-        stream.feed(ids, finish_reason)
+def _fail(tickets: list[Ticket], error: ApiError) -> None:
+    for ticket in tickets:
+        ticket.stream.fail(error)
 
 
 def _failure(error: Exception) -> ApiError:

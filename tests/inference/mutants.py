@@ -42,8 +42,8 @@ MUTANTS = {
         "a cached page goes although another is empty",
     ),
     "a whole prompt is cached": (
-        "(len(ids) - 1) //",
-        "len(ids) //",
+        "min(len(ids) - 1, most)",
+        "min(len(ids), most)",
         "a whole prompt is cached, and nothing is left to compute",
     ),
     "a page is found whatever stands before it": (
@@ -290,6 +290,21 @@ MUTANTS = {
         "        if seq.cached_tokens < 0:\n",
         "        if True:\n",
         "cached tokens are counted wrong",
+    ),
+    "a prompt to be scored takes what is cached": (
+        "len(seq.scores) if seq.unscored else len(seq.ids)",
+        "len(seq.ids)",
+        "a place of a prompt is scored twice or not",
+    ),
+    "a prompt that steps back is scored again": (
+        "max(seq.start, len(seq.scores))",
+        "seq.start",
+        "a place of a prompt is scored twice or not",
+    ),
+    "the last place of a prompt is not scored": (
+        "seq.prompt_len - 1)",
+        "seq.prompt_len - 2)",
+        "a request answers, and its prompt is not scored",
     ),
     "a finished request runs on": (
         "self.running = [seq for seq in self.running if not seq.finish_reason]",

@@ -15,7 +15,7 @@ from benthic.inference.request import Seq
 VOCAB, STOP = 20, 7
 MASK = (1 << 61) - 1
 PROVISIONAL = -2
-GREEDY = SamplingParams(temperature=0)
+GREEDY, SCORED = SamplingParams(temperature=0), SamplingParams(temperature=0, prompt_logprobs=0)
 
 
 class Broken(Exception):

@@ -8,10 +8,10 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from shadow import GREEDY, STOP, VOCAB, Device, Life, cold, draft_latent, likeliest, require
+from shadow import GREEDY, SCORED, STOP, VOCAB, Device, Life, cold, draft_latent, likeliest, require
 
 from benthic.inference import pages, scheduler
-from benthic.inference.request import Seq
+from benthic.inference.request import PromptPlace, Seq
 
 
 @dataclass
@@ -171,7 +171,7 @@ class World:
             ids=list(prompt),
             prompt_len=len(prompt),
             max_len=max_len,
-            params=GREEDY,
+            params=rng.choice([GREEDY, GREEDY, SCORED]),
             priority=rng.choice([0, 0, 0, -1, 1]),
             salt=rng.choice(["", "", "", "pepper"]),
             num_drafts=rng.choice([0, 3, 3, 3]),
@@ -305,6 +305,9 @@ class World:
         garbage = [self.rng.randrange(VOCAB)]  # what rows within their prompt choose
         gained = self.scheduler.commit(plan, [tokens or garbage for tokens in flight.chosen])
         require(gained == [len(tokens) for _, tokens in expected], "commit counts other tokens than it should")
+        for seq, places in zip(plan.seqs, plan.scores):
+            require(places == (0, 0) or places[0] == len(seq.scores), "a place of a prompt is scored twice or not")
+            seq.scores += [PromptPlace(0.0, 1, [])] * (places[1] - places[0])
         for row, (seq, (reason, tokens)) in enumerate(zip(plan.seqs, expected)):
             life = self.lives.get(seq.request_id)
             if life is None:
@@ -313,6 +316,7 @@ class World:
             require(seq.finish_reason == reason, "a request ends otherwise than it should")
             life.settled += len(tokens) if row < plan.decode else plan.counts[row]
             require(seq.computed == life.settled, "what is computed is counted wrong")
+            require(not (tokens and seq.unscored), "a request answers, and its prompt is not scored")
             for page in flight.pages[row][: life.settled // self.limits.page_size]:
                 self.device.settled[page] = True
             if reason:

@@ -34,16 +34,17 @@ def work(count: int, vocab_size: int, longest: int, new: int) -> tuple[list[list
         {"temperature": 0},
         {"temperature": 1},
         {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2},
-        {"temperature": 1.5, "top_k": 9, "logprobs": 3},
+        {"temperature": 1.5, "top_k": 9, "logprobs": 3, "prompt_logprobs": 3},
     ]
     return prompts, [SamplingParams(max_tokens=new, seed=i, **kinds[i % 4]) for i in range(count)]  # type: ignore
 
 
 def same(one: Output, other: Output) -> bool:
-    return (one.token_ids, one.logprobs, one.top_logprobs) == (
+    return (one.token_ids, one.logprobs, one.top_logprobs, one.prompt_logprobs) == (
         other.token_ids,
         other.logprobs,
         other.top_logprobs,
+        other.prompt_logprobs,
     ) and np.array_equal(one.routed_experts, other.routed_experts)  # type: ignore[arg-type]
 
 

@@ -214,18 +214,23 @@ def test_a_stop_token_ends_the_answer_and_belongs_to_it(model, prompts):
 
 
 def test_deltas_add_up_to_outputs(model, prompts):
-    engine = Engine(model, None, EngineConfig(max_model_len=50))
-    engine.add(Request(prompt_token_ids=prompts[0], params=SamplingParams(max_tokens=100, temperature=0)))
-    tokens, scores, reasons, outputs = [], [], [], []
+    engine = Engine(model, None, EngineConfig(max_model_len=50, page_size=4))
+    engine.generate(prompts[:1], SamplingParams(max_tokens=1))
+    engine.add(Request(prompt_token_ids=prompts[0], params=SamplingParams(max_tokens=100, temperature=0, logprobs=2)))
+    tokens, scores, reasons, outputs, tops, cached = [], [], [], [], [], set()
     while engine.busy:
         step = engine.step()
         outputs += step.outputs
         for delta in step.deltas:
             tokens += delta.token_ids
             scores += delta.logprobs
+            tops += delta.tops
+            cached.add(delta.num_cached_tokens)
             reasons.append(delta.finish_reason)
     (output,) = outputs
-    assert (tokens, scores) == (output.token_ids, output.logprobs)
+    assert (tokens, scores, tops) == (output.token_ids, output.logprobs, output.top_logprobs)
+    assert [len(top) for top in tops] == [2] * len(tokens)
+    assert cached == {output.num_cached_tokens} != {0}
     assert reasons == [""] * (len(tokens) - 1) + ["length"]
     assert len(prompts[0]) + len(tokens) == 50
 

@@ -51,6 +51,8 @@ from benthic.inference.config import EngineConfig, SamplingParams, StructuredOut
         ("include_stop_str_in_output", "yes"),
         ("logprobs", 21),
         ("logprobs", True),
+        ("prompt_logprobs", -2),
+        ("prompt_logprobs", 21),
         ("structured_outputs", {"json": "{}"}),
     ],
 )

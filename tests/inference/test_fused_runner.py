@@ -87,6 +87,12 @@ def same(plain: Engine, fused: Engine, asked: list[list[int]], params) -> None:
     for a, b in zip(plain.generate(asked, params), fused.generate(asked, params), strict=True):
         assert a.token_ids == b.token_ids
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+        for one, other in zip(a.prompt_logprobs or [], b.prompt_logprobs or [], strict=True):
+            if one is not None and other is not None:
+                assert one.rank == other.rank
+                assert [token for token, _ in one.top] == [token for token, _ in other.top]
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+                assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=1e-3)
     assert not fused.busy
     assert len(fused.scheduler.pool.free) == fused.config.num_pages
 
@@ -94,6 +100,24 @@ def same(plain: Engine, fused: Engine, asked: list[list[int]], params) -> None:
 def test_short_answers_with_drafts_are_those_of_the_plain_engine(device) -> None:
     plain, fused = engines(V3, device, num_speculative_tokens=1)
     same(plain, fused, prompts(4, 2), dataclasses.replace(GREEDY, max_tokens=2))
+
+
+def test_log_probabilities_of_prompts_are_those_of_the_plain_engine(device) -> None:
+    plain, fused = engines(V3, device, max_num_batched_tokens=16)
+    same(plain, fused, prompts(9, 4, 15), SamplingParams(max_tokens=1, prompt_logprobs=3))
+
+
+@LONG
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_log_probabilities_of_prompts_beside_answers_that_run_ahead_are_those_of_the_plain_engine(
+    drafts, device
+) -> None:
+    settings = {"max_num_batched_tokens": 24, "num_pages": 9, "num_speculative_tokens": drafts}
+    plain, fused = engines(V3, device, **settings)
+    params = [SamplingParams(max_tokens=3 + 5 * (i % 2), temperature=0, prompt_logprobs=i % 4 - 1) for i in range(9)]
+    for _ in range(2):  # the second time prefixes are cached
+        same(plain, fused, prompts(5, 21, 1, 33, 16, 60, 3, 18, 40), params)
+    assert fused.stats.preemptions > 0
 
 
 @LONG

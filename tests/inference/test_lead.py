@@ -42,7 +42,7 @@ def state(plan: Plan, mask: torch.Tensor | None) -> Any:
         (s.request_id, s.ids, s.pages, s.computed, s.fill, s.drafts, s.prompt_len, s.max_len, s.stop, to_data(s.params))
         for s in plan.seqs
     ]
-    numbers = (plan.counts, plan.starts, plan.sources, plan.decode)
+    numbers = (plan.counts, plan.starts, plan.sources, plan.decode, list(plan.scores))
     return json.dumps([rows, numbers, None if mask is None else mask.tolist()], default=sorted)
 
 
@@ -75,7 +75,10 @@ def test_every_step_is_the_same_for_all_while_requests_come_go_and_step_back(mod
     while engine.busy or waiting:
         if waiting and rng.random() < 0.4:
             length, seed = rng.randrange(1, 24), rng.randrange(99)
-            params = SamplingParams(max_tokens=length, seed=seed, stop_token_ids=(3, 5), logit_bias={7: 1.5})
+            params = SamplingParams(
+                max_tokens=length, seed=seed, stop_token_ids=(3, 5), logit_bias={7: 1.5},
+                prompt_logprobs=rng.randrange(-1, 3),
+            )  # fmt: skip
             request = Request(prompt_token_ids=waiting.pop(), params=params, priority=rng.randrange(3))
             ids.append(engine.add(request))
         if ids and rng.random() < 0.05:

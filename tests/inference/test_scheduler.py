@@ -167,13 +167,13 @@ def test_what_was_used_least_recently_is_forgotten_first_from_its_end():
     run(s)
     start(s, seq(5, 40, max_len=41))  # ten pages: eight that nobody can find, then those of request 1
     run(s)
-    assert [len(s.pool.find(seq(i, 9).ids, "")[0]) for i in range(4)] == [2, 0, 2, 2]
+    assert [len(s.pool.find(seq(i, 9).ids, "", 99)[0]) for i in range(4)] == [2, 0, 2, 2]
     s = scheduler(num_pages=16)
     start(s, seq(0, 17, max_len=18))
     run(s)
     start(s, seq(1, 54, max_len=55))  # 14 pages: twelve empty ones, and the last two of request 0
     run(s)
-    assert len(s.pool.find(seq(0, 17).ids, "")[0]) == 2
+    assert len(s.pool.find(seq(0, 17).ids, "", 99)[0]) == 2
 
 
 def test_a_reset_forgets_everything_even_what_runs():

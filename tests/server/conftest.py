@@ -12,10 +12,11 @@ import httpx
 import openai
 import pytest
 
-from benthic.inference.request import Delta
+from benthic.inference.request import Delta, PromptPlace
 from benthic.server.app import build
-from benthic.server.completions import Service
 from benthic.server.listener import Server, bind, url
+from benthic.server.queue import Queue
+from benthic.server.service import Service
 from benthic.server.worker import Worker
 from benthic.tokenizer import bpe
 
@@ -36,6 +37,7 @@ class FakeEngine:
         self.abort_broken = False
         self.pause = 0.0  # seconds that a step takes
         self.threads: set[str] = set()
+        self.cached = 0  # prompt tokens found computed
 
     @property
     def busy(self):
@@ -52,8 +54,8 @@ class FakeEngine:
     def abort(self, request_id):
         if self.abort_broken:
             raise RuntimeError("abort is broken")
-        del self.running[request_id]
         self.counts["aborted"] += 1
+        del self.running[request_id]  # last: tests wait for it
 
     def close(self):
         self.counts["closed"] += 1
@@ -75,11 +77,25 @@ class FakeEngine:
             token, state[1] = self.script[said % len(self.script)], said + 1
             reason = "length" if said + 1 == request.params.max_tokens else ""
             reason = "stop" if said + 1 == len(self.script) else reason
-            deltas.append(Delta(request_id, [token], [0.0], reason))
+            deltas.append(self.delta(request_id, request, token, said, reason))
             if reason:
-                del self.running[request_id]
                 self.counts["finished"] += 1
+                del self.running[request_id]
         return SimpleNamespace(deltas=deltas)
+
+    def delta(self, request_id, request, token, said, reason):
+        """Token number i has log-probability -(i + 1); the likeliest tokens are 0, 1, 2, ... with -0.5 each."""
+        params, prompt = request.params, request.prompt_token_ids
+        places = [None, *(PromptPlace(-0.25 * i, i, top(params.prompt_logprobs)) for i in range(1, len(prompt)))]
+        return Delta(
+            request_id, [token], [-1.0 - said], reason, [top(params.logprobs)] if params.logprobs else [], self.cached,
+            None if said or params.prompt_logprobs < 0 else places,
+        )  # fmt: skip
+
+
+def top(count):
+    """The likeliest tokens of the small engine."""
+    return [(i, -0.5) for i in range(count)]
 
 
 def wait_for(condition, seconds=5.0):
@@ -109,10 +125,11 @@ def eventually():
 
 @contextlib.contextmanager
 def running(
-    engine, tokenizer, *, key="", capacity=8, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0, thinking=None
-):
+    engine, tokenizer, *, key="", capacity=8, max_queued=0, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0,
+    thinking=None,
+):  # fmt: skip
     """A server on a free port with clients of it; closed and checked at the end."""
-    worker = Worker(engine, capacity)
+    worker = Worker(engine, Queue(capacity, max_queued, 2**20))
     service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=max_model_len, thinking=thinking)
     listener = bind("127.0.0.1", 0)
     server = Server(build(service, host, key), worker, shutdown_timeout)

@@ -109,9 +109,8 @@ def test_an_unknown_model_is_404(shared):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", 3), ("n", 2), ("logprobs", True), ("tools", [{"type": "function", "function": {"name": "f"}}]),
-     ("response_format", {"type": "json_object"}), ("max_tokens", 0), ("max_tokens", 10**6), ("messages", []),
-     ("stop", ["x"] * 17), ("seed", -1)],
+    [("temperature", 3), ("n", 129), ("top_logprobs", 2), ("tools", ["f"] * 129), ("max_tokens", 0),
+     ("max_tokens", 10**6), ("messages", []), ("stop", ["x"] * 17), ("seed", -1), ("logit_bias", {"100000": 1})],
 )  # fmt: skip
 def test_a_bad_field_is_400_and_named(shared, field, value):
     with pytest.raises(openai.BadRequestError) as caught:

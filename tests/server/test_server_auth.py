@@ -173,7 +173,8 @@ def test_the_key_is_not_in_the_configs_text():
 @pytest.mark.parametrize(
     "fields",
     [{"port": 65536}, {"port": -1}, {"max_num_seqs": 0}, {"max_queued_requests": -1}, {"shutdown_timeout": -1.0},
-     {"shutdown_timeout": float("nan")}, {"shutdown_timeout": float("inf")}, {"max_model_len": -1}, {"host": ""}],
+     {"shutdown_timeout": float("nan")}, {"shutdown_timeout": float("inf")}, {"max_model_len": -1}, {"host": ""},
+     {"request_timeout": 0.0}, {"request_timeout": float("inf")}],
 )  # fmt: skip
 def test_options_out_of_range_are_named(fields):
     with pytest.raises(InputError, match=next(iter(fields))):

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benthic.server import completions
-from benthic.server.completions import Service
+from benthic.server import deliver, generate
+from benthic.server.queue import Queue
+from benthic.server.service import Service
+from benthic.server.types.chat import ChatRequest
 from benthic.server.worker import Worker
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -38,9 +40,9 @@ def test_a_client_that_leaves_while_its_answer_is_made_frees_the_request_within_
     aborted_at = []
     abort = engine.abort
     engine.abort = lambda request_id: (aborted_at.append(engine.counts["steps"]), abort(request_id))
-    close = server.worker.close
+    withdraw = server.worker.withdraw
     closed_at = []
-    server.worker.close = lambda s: (closed_at.append(engine.counts["steps"]), close(s))
+    server.worker.withdraw = lambda tickets: (closed_at.append(engine.counts["steps"]), withdraw(tickets))
     connection.close()
     assert eventually(lambda: aborted_at)
     assert aborted_at[0] - closed_at[0] <= 1
@@ -62,26 +64,26 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_request(launch, e
 
 
 def test_a_client_that_does_not_read_loses_its_answer_and_its_place(engine, tokenizer, eventually, monkeypatch):
-    quick = completions.LIMITS["send_seconds"]._replace(high=0.1)
-    monkeypatch.setattr(completions, "LIMITS", {**completions.LIMITS, "send_seconds": quick})
+    quick = deliver.LIMITS["send_seconds"]._replace(high=0.1)
+    monkeypatch.setattr(deliver, "LIMITS", {**deliver.LIMITS, "send_seconds": quick})
     engine.script, engine.pause = [65] * 10**5, 0.001
-    worker = Worker(engine, 1)
-    chat = completions.Chat(Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=2 * 10**5))
-    body = request(True).partition(b"\r\n\r\n")[2]
+    worker = Worker(engine, Queue(1, 0, 1000))
+    service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=2 * 10**5)
+    ask = ChatRequest.read(request(True).partition(b"\r\n\r\n")[2])
 
     async def main():
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
         forever = asyncio.Event()
 
         async def receive():
-            return next(messages, None) or await forever.wait()
+            await forever.wait()
 
         async def send(message):
             if message["type"] == "http.response.body":
                 await forever.wait()
 
         worker.run()
-        await asyncio.wait_for(chat({"type": "http", "headers": []}, receive, send), 5)
+        answer = await generate.Generating(service).chat(ask)
+        await asyncio.wait_for(answer({"type": "http", "headers": []}, receive, send), 5)
 
     start = time.monotonic()
     asyncio.run(main())
@@ -122,8 +124,7 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(l
     assert engine.counts["added"] == engine.counts["aborted"] + engine.counts["finished"]
     assert engine.counts["aborted"] > 10
     assert not server.worker._running
-    assert not server.worker._ids
-    assert not server.server.server_state.tasks
+    assert eventually(lambda: not server.server.server_state.tasks)
     assert threading.active_count() <= threads + 40  # the pool that renders prompts
     assert ask(model="tiny", messages=MESSAGES, max_tokens=3).usage.completion_tokens == 3
 
@@ -131,7 +132,7 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(l
 def test_a_worker_that_forgets_to_abort_would_be_noticed(launch, engine, eventually, raw):
     engine.script, engine.pause = [65] * 100_000, 0.001
     server = launch(max_model_len=200_000)
-    server.worker.close = server.worker._open.discard  # the place is given back, the engine is not told
+    server.worker.withdraw = lambda tickets: None  # the place is given back, the engine is not told
     connection = raw(server.port, request(True))
     assert eventually(lambda: engine.counts["steps"] > 3)
     connection.close()

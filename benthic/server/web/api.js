@@ -31,18 +31,11 @@ async function ask(path, body, signal) {
   throw new Failure(response.status, String(told?.error?.message ?? response.status).slice(0, 500));
 }
 
-/** `{name, length, thinking}` of the one model; thinking: whether requests may choose. */
+/** `{name, length, thinking}` of the one model; thinking: whether its chat template lets requests choose. */
 export async function model() {
   const [one] = (await (await ask("/v1/models")).json()).data;
-  let info = {};
-  try {
-    info = await (await ask("/tokenizer_info")).json();
-  } catch (error) {
-    if (!(error instanceof Failure)) throw error; // an older server has no such route
-  }
-  const choices = info.thinking ?? one.thinking;
-  const both = Array.isArray(choices) && choices.includes(true) && choices.includes(false);
-  return { name: String(one.id), length: one.max_model_len ?? 0, thinking: both };
+  const info = await (await ask("/tokenizer_info")).json();
+  return { name: String(one.id), length: one.max_model_len, thinking: /\bthinking\b/.test(info.chat_template) };
 }
 
 /** The parts of an answer while it comes: `{reasoning, content, finish, usage}`, each where there is one. */
