@@ -50,16 +50,18 @@ function start() {
 async function remove(conversation) {
   const at = conversations.indexOf(conversation);
   conversations.splice(at, 1);
-  await store.remove(conversation.id);
   if (current === conversation) start();
   showList();
+  const removed = store.remove(conversation.id);
   const focus = get("list").children[Math.min(at, conversations.length - 1)];
   (focus?.querySelector("button") ?? get("new")).focus();
   tell(t("deleted"), t("undo"), async () => {
     conversations.splice(at, 0, conversation);
+    await removed;
     await store.save(conversation);
     open(conversation);
   });
+  await removed;
 }
 
 function rename(conversation, item) {

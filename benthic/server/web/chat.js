@@ -178,6 +178,7 @@ export class Chat {
     const said = messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
     const request = { model: this.model().name, messages: said, temperature: settings.temperature, top_p: settings.top_p };
     if (settings.system.trim()) said.unshift({ role: "system", content: settings.system });
+    if (settings.top_k) request.top_k = settings.top_k;
     if (settings.max_tokens) request.max_tokens = settings.max_tokens;
     if (settings.seed) request.seed = Number(settings.seed);
     if (this.model().thinking && settings.thinking !== null) request.chat_template_kwargs = { thinking: settings.thinking };

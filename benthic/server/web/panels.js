@@ -28,7 +28,7 @@ export class Settings {
     this.conversation = conversation; // () -> the open one
     this.model = model;
     this.dialog = get("settings");
-    for (const name of ["system", "temperature", "top_p", "max_tokens", "seed"]) {
+    for (const name of ["system", "temperature", "top_p", "top_k", "max_tokens", "seed"]) {
       get(name).addEventListener("input", () => {
         this.read(name);
         changed();
@@ -61,7 +61,7 @@ export class Settings {
   /** Write the values into the fields. */
   show() {
     const { settings } = this.conversation();
-    for (const name of ["system", "temperature", "top_p", "seed"]) get(name).value = settings[name];
+    for (const name of ["system", "temperature", "top_p", "top_k", "seed"]) get(name).value = settings[name];
     const fitting = LENGTHS.filter((length) => length < (this.model().length || Infinity));
     get("max_tokens").max = fitting.length - 1;
     const at = fitting.findLastIndex((length) => length <= settings.max_tokens);
@@ -84,8 +84,9 @@ export class Settings {
 
   /** The values beside the sliders. */
   say() {
-    const { temperature, top_p, max_tokens } = this.conversation().settings;
+    const { temperature, top_p, top_k, max_tokens } = this.conversation().settings;
     const texts = { temperature: temperature ? temperature.toFixed(2) : t("greedy"), top_p: top_p.toFixed(2) };
+    texts.top_k = top_k ? String(top_k) : t("all");
     texts.max_tokens = max_tokens ? t("tokens", { n: max_tokens.toLocaleString("en") }) : t("context");
     for (const [name, text] of Object.entries(texts)) {
       document.querySelector(`output[for=${name}]`).textContent = text;

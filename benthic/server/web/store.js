@@ -1,9 +1,9 @@
 // Conversations in this browser (IndexedDB), and the reading of files that claim to hold some.
 
 export const LIMITS = { conversations: 500, characters: 20e6, messages: 1000, text: 2e6, title: 200, file: 40e6 };
-export const DEFAULTS = { system: "", temperature: 0.6, top_p: 0.95, max_tokens: 0, seed: "", thinking: null };
+export const DEFAULTS = { system: "", temperature: 0.6, top_p: 0.95, top_k: 0, max_tokens: 0, seed: "", thinking: null };
 
-const RANGES = { temperature: [0, 2], top_p: [0.05, 1], max_tokens: [0, 2 ** 20] };
+const RANGES = { temperature: [0, 2], top_p: [0.05, 1], top_k: [0, 100], max_tokens: [0, 2 ** 20] };
 
 let database = null;
 const sizes = new Map(); // id -> characters
