@@ -6,6 +6,7 @@ linear time.
 
 import html
 import re
+import unicodedata
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -32,6 +33,7 @@ _INLINE = {
 }
 _CLOSE = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$": "$"}
 _BLOCK = ("$$", "\\[")
+_LIMITS = ("lim", "max", "min", "sup", "inf", "argmax", "argmin")  # what stands under them in a formula of its own
 
 # What models write and the converter does not know, as what it does know. Equations get no numbers.
 _KNOWN = {
@@ -70,12 +72,16 @@ def mathml(latex: str, display: bool) -> str:
 
 def _element(element: Element) -> str:
     """HTML of an element. The converter's texts hold character references, which become characters first."""
-    attributes = "".join(
-        f' {name}="{html.escape(html.unescape(value))}"' for name, value in element.items() if name != "xmlns"
-    )
-    inside = html.escape(html.unescape(element.text or "")) + "".join(_element(child) for child in element)
-    tail = html.escape(html.unescape(element.tail or ""))
-    return f"<{element.tag}{attributes}>{inside}</{element.tag}>{tail}"
+    text, tag = html.unescape(element.text or ""), element.tag
+    attributes = {name: html.unescape(value) for name, value in element.items() if name != "xmlns"}
+    if tag == "mi" and len(text) == 1 and unicodedata.category(text) == "Sm":
+        tag = "mo"  # the converter takes `\pm` for a name
+    elif tag == "msub" and len(element) and element[0].text in _LIMITS:
+        tag = "munder"
+        element[0].set("movablelimits", "true")
+    inside = html.escape(text) + "".join(_element(child) for child in element)
+    written = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items())
+    return f"<{tag}{written}>{inside}</{tag}>{html.escape(html.unescape(element.tail or ''))}"
 
 
 def _inline(state: StateInline, silent: bool) -> bool:

@@ -147,6 +147,11 @@ def test_aligned_equations_have_columns_and_no_numbers():
     assert "(1)" not in html
 
 
+def test_operators_are_operators_and_limits_stand_below():
+    assert "<mo>±</mo>" in rendered("$b \\pm c$")
+    assert '<munder><mo movablelimits="true">max</mo><mi>x</mi></munder>' in rendered("$$\\max_x f$$")
+
+
 def test_code_is_coloured_by_classes():
     assert '<span class="hl-k">def</span>' in rendered("```python\ndef f(): pass\n```")
     assert '<div class="language">rust</div>' in rendered("```rust\nfn f() {}\n```")

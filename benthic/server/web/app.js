@@ -88,6 +88,7 @@ function rename(conversation, item) {
   field.select();
 }
 
+const shortened = (text) => (text.length > 80 ? `${text.slice(0, 79)}…` : text);
 const titleOf = (conversation) => conversation.title || t("untitled");
 const rowOf = (conversation) => get("list").children[conversations.indexOf(conversation)];
 
@@ -182,7 +183,7 @@ function showState() {
 
 /** The chat says that something happened. */
 async function heard(conversation, what) {
-  if (!conversation.title) conversation.title = conversation.messages[0].content.trim().split("\n")[0].slice(0, 80);
+  if (!conversation.title) conversation.title = shortened(conversation.messages[0].content.trim().split("\n")[0]);
   const known = ["answering", "answered", "stopped"].includes(what);
   get("live").textContent = known ? t(what) : what;
   if (what === t("needKey")) settings.open("key");
