@@ -95,7 +95,7 @@ JSON_OBJECT = '{"type":"object","additionalProperties":true}'
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What form an answer must have: nothing, or one of the four. Sizes and time are bounded by `grammar.LIMITS`."""
+    """What form an answer must have: nothing, or one of the five. Sizes and time are bounded by `grammar.LIMITS`."""
 
     json: str | Mapping[str, Any] = ""
     """A JSON schema, as text or as an object; kept as text."""
@@ -105,18 +105,22 @@ class StructuredOutputsParams:
     """A grammar in EBNF (GBNF's dialect) with a rule `root`."""
     json_object: bool = False
     """Any JSON object."""
+    structural_tag: str | Mapping[str, Any] = ""
+    """One of xgrammar's structural tags, which may name tokens by their ids: how `calls.form` writes tool calls."""
     after_thinking: bool = False
     """Bind only what follows the first `</think>` of the answer."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.json, Mapping):
-            object.__setattr__(self, "json", _schema_text(self.json))
-        for name in ("json", "regex", "grammar"):
+        for name in ("json", "structural_tag"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, _json_text(name, value))
+        for name in ("json", "regex", "grammar", "structural_tag"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}={getattr(self, name)!r:.40} is no text -> give a string")
         for name in ("json_object", "after_thinking"):
             _flag(name, getattr(self, name))
-        given = [name for name in ("json", "regex", "grammar", "json_object") if getattr(self, name)]
+        forms = ("json", "regex", "grammar", "json_object", "structural_tag")
+        given = [name for name in forms if getattr(self, name)]
         if len(given) > 1:
             raise InputError(f"structured_outputs asks for {' and '.join(given)} at once -> give one of them")
         if self.after_thinking and not given:
@@ -124,10 +128,10 @@ class StructuredOutputsParams:
 
     @property
     def form(self) -> tuple[str, str]:
-        """Which of the four, and its text: ("regex", "a+"). ("", "") without any."""
+        """Which of them, and its text: ("regex", "a+"). ("", "") without any."""
         if self.json_object:
             return "json", JSON_OBJECT
-        texts = {"json": str(self.json), "regex": self.regex, "grammar": self.grammar}
+        texts = {name: str(getattr(self, name)) for name in ("json", "regex", "grammar", "structural_tag")}
         return next(((name, text) for name, text in texts.items() if text), ("", ""))
 
 
@@ -273,11 +277,11 @@ def _between(name: str, value: float, low: float, high: float) -> None:
         raise InputError(f"{name}={value} is out of bounds -> use {bounds}")
 
 
-def _schema_text(schema: Mapping[str, Any]) -> str:
+def _json_text(name: str, value: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"json={schema!r:.40} is no JSON ({error}) -> give a JSON schema") from error
+        raise InputError(f"{name}={value!r:.40} is no JSON ({error}) -> give JSON") from error
 
 
 def _flag(name: str, value: object) -> None:

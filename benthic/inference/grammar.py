@@ -28,7 +28,9 @@ from benthic.base.errors import BenthicError, InputError
 from benthic.inference import schema
 from benthic.inference.config import StructuredOutputsParams
 from benthic.tokenizer.tokenizer import Tokenizer
+from benthic.tokenizer.tool_calls import MARKS
 
+NO_TEXT = b"\xff"  # what no text in UTF-8 has: so a token is allowed only where a form names its id
 WORKER = str(Path(__file__).with_name("grammar_worker.py"))
 THINK_END = "</think>"
 CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # JSON has them nowhere, or a tab between values, at most
@@ -41,10 +43,14 @@ class Limits:
 
     characters: int = 65536
     """Of a schema or grammar."""
+    tag_characters: int = 262144
+    """Of a structural tag, which holds many schemas."""
     regex_characters: int = 4096
     schema_depth: int = 32
     schema_parts: int = 2048
     compile_seconds: float = 1.0
+    tag_seconds: float = 2.0
+    """The same for a structural tag."""
     compile_bytes: int = 2**31
     """Memory that the compiling process may take on top of what it starts with."""
     start_seconds: float = 120.0
@@ -65,8 +71,10 @@ class Grammars:
         self._xgrammar = _import()
         self.limits, self.vocab_size, self.eos_id = limits, vocab_size, tokenizer.eos_id
         self.think_end = tokenizer.special.get(THINK_END)
-        added = set(tokenizer.special.values())  # text does not write them: xgrammar never allows tokens without bytes
-        vocab = [b"" if id in added else tokenizer.bytes_of(id) for id in range(min(vocab_size, tokenizer.vocab_size))]
+        vocab = [tokenizer.bytes_of(id) for id in range(min(vocab_size, tokenizer.vocab_size))]
+        for name, id in tokenizer.special.items():  # text does not write them: without bytes a token is never allowed
+            if id < len(vocab):
+                vocab[id] = NO_TEXT + vocab[id] if name in MARKS else b""
         self._info = self._xgrammar.TokenizerInfo(
             vocab, self._xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[self.eos_id]
         )
@@ -74,7 +82,8 @@ class Grammars:
         self._compiler = _Compiler(vocab, vocab_size, self.eos_id, limits)
         self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()  # compiled, or the text of the error
         self._kept_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is kept, never for long
+        self._compiling = threading.Lock()
 
     def matcher(self, params: StructuredOutputsParams) -> "Matcher":
         """The state of one answer at its beginning. InputError for a form that cannot be used."""
@@ -83,7 +92,7 @@ class Grammars:
         compiled = self.compile(params)
         return Matcher(
             self._xgrammar.GrammarMatcher(compiled),
-            self._json_tokens if params.form[0] == "json" else None,
+            self._json_tokens if params.form[0] in ("json", "structural_tag") else None,
             self.eos_id,
             self.think_end if params.after_thinking else None,
             self.limits.token_seconds,
@@ -92,30 +101,43 @@ class Grammars:
     def compile(self, params: StructuredOutputsParams) -> Any:
         """The compiled form, from the cache if it is there. A form that failed fails again at no cost."""
         self._check(*params.form)
-        with self._lock:
-            known = self._kept.get(params.form)
-            if known is None:
-                try:
-                    known = self._xgrammar.CompiledGrammar.deserialize_json(self._compiler(*params.form), self._info)
-                except InputError as error:
-                    known = str(error)
-                self._keep(params.form, known)
-            self._kept.move_to_end(params.form)
+        known = self._find(params.form)
+        if known is None:
+            with self._compiling:
+                known = self._find(params.form) or self._compiled(params.form)  # another thread may have been first
         if isinstance(known, str):
             raise InputError(known)
         return known
 
+    def _find(self, form: tuple[str, str]) -> Any:
+        with self._lock:
+            if form in self._kept:
+                self._kept.move_to_end(form)
+            return self._kept.get(form)
+
+    def _compiled(self, form: tuple[str, str]) -> Any:
+        try:
+            made = self._xgrammar.CompiledGrammar.deserialize_json(self._compiler(*form), self._info)
+        except InputError as error:
+            made = str(error)
+        with self._lock:
+            self._keep(form, made)
+        return made
+
     def close(self) -> None:
         """End the compiling process."""
-        with self._lock:
+        with self._compiling:
             self._compiler.close()
 
     def _check(self, kind: str, text: str) -> None:
-        most = self.limits.regex_characters if kind == "regex" else self.limits.characters
+        bounds = {"regex": self.limits.regex_characters, "structural_tag": self.limits.tag_characters}
+        most = bounds.get(kind, self.limits.characters)
         if len(text) > most:
             raise InputError(f"{kind} has {len(text)} characters -> give at most {most}")
         if kind == "json":
             schema.check(text, self.limits.schema_depth, self.limits.schema_parts)
+        elif kind == "structural_tag":
+            schema.check_tag(text, self.limits.schema_depth, self.limits.schema_parts)
 
     def _keep(self, form: tuple[str, str], value: Any) -> None:
         self._kept[form] = value
@@ -180,7 +202,7 @@ class _Compiler:
             "stop_token_ids": [eos_id],
             "threads": min(8, os.cpu_count() or 1),
             "bytes": limits.compile_bytes,
-            "seconds": math.ceil(2 * limits.compile_seconds) + 1,
+            "seconds": math.ceil(2 * max(limits.compile_seconds, limits.tag_seconds)) + 1,
         }
         self._start()
 
@@ -192,12 +214,13 @@ class _Compiler:
                 "the process that compiles grammars does not start -> check the installation of xgrammar"
             )
         self._ready = True
-        answer = self._answer(self._limits.compile_seconds, [kind, text])
+        seconds = self._limits.tag_seconds if kind == "structural_tag" else self._limits.compile_seconds
+        answer = self._answer(seconds, [kind, text])
         if answer is None:
             self.close()
             self._start()
             raise InputError(
-                f"{kind}={text!r:.40} takes more than {self._limits.compile_seconds:g} s or too much memory to compile "
+                f"{kind}={text!r:.40} takes more than {seconds:g} s or too much memory to compile "
                 "-> give a simpler one, with smaller bounds on repetitions and lengths"
             )
         if "error" in answer:

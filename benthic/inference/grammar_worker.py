@@ -45,6 +45,7 @@ def _compile(compiler: xgrammar.GrammarCompiler, kind: str, text: str) -> dict[s
         "json": compiler.compile_json_schema,
         "regex": compiler.compile_regex,
         "grammar": compiler.compile_grammar,
+        "structural_tag": compiler.compile_structural_tag,
     }[kind]
     try:
         return {"grammar": make(text).serialize_json()}

@@ -1,5 +1,6 @@
 """Generate from a model folder in one call."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -99,18 +100,23 @@ class LLM:
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
         params: SamplingParams | list[SamplingParams] | None = None,
         thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[Output]:
         """Answer one conversation or several, each a list of {"role": ..., "content": ...}.
 
-        `thinking` says whether to think first, where the chat template has the choice (V3.1); None is its own way. In
+        `thinking` says whether to think first, where the chat template has the choice (V3.1); None is its own way.
+        `tools` are declared to the model, as OpenAI's; `tool_calls.ToolCallReader` finds its calls in the answer. In
         the next turn, the answer is a message of content `llm.prompt(messages, thinking).content(output.text)`.
         """
         many: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
-        return self.engine.generate([self.prompt(one, thinking).ids for one in many], params or SamplingParams())
+        prompts = [self.prompt(one, thinking, tools).ids for one in many]
+        return self.engine.generate(prompts, params or SamplingParams())
 
-    def prompt(self, messages: list[dict[str, str]], thinking: bool | None = None) -> Rendered:
+    def prompt(
+        self, messages: list[dict[str, str]], thinking: bool | None = None, tools: Sequence[dict[str, Any]] = ()
+    ) -> Rendered:
         """What `chat` gives to the model for one conversation, and how the answer to it begins."""
-        return chat.render(messages, self._need_tokenizer("chat()"), add_generation_prompt=True, thinking=thinking)
+        return chat.render(messages, self._need_tokenizer("chat()"), True, thinking, tools)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):

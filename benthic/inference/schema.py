@@ -46,6 +46,20 @@ def check(text: str, max_depth: int, max_nodes: int) -> None:
         stack += [(part, place, depth + 1) for part, place in _parts(schema, where)]
 
 
+def check_tag(text: str, max_depth: int, max_nodes: int) -> None:
+    """The same for every JSON schema in a structural tag, whose own shape is up to who compiles it."""
+    try:
+        stack = [json.loads(text)]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"structural_tag={text!r:.40} is not valid JSON ({error}) -> give one") from error
+    while stack:
+        part = stack.pop()
+        if isinstance(part, dict) and "json_schema" in part:
+            check(json.dumps(part["json_schema"]), max_depth, max_nodes)
+        elif isinstance(part, dict | list):
+            stack += part.values() if isinstance(part, dict) else part
+
+
 def _check_keywords(schema: dict[str, Any], where: str) -> None:
     constraints = schema.keys() - ANNOTATIONS - DEFINITIONS
     if unknown := sorted(constraints - ENFORCED):

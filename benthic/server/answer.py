@@ -7,12 +7,13 @@ pieces do not depend on how many tokens arrive at once.
 
 import codecs
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from benthic.inference.request import Top
 from benthic.inference.stop import StopStrings
+from benthic.tokenizer.tool_calls import plain
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -52,6 +53,11 @@ class Spelling(Protocol):
 
 class CallReader(Protocol):
     """Content in, content without tool calls and the pieces of the calls out. It may hold text back."""
+
+    @property
+    def marks(self) -> Mapping[int, str]:
+        """The character that stands for each token around calls, in what it is fed."""
+        ...
 
     def feed(self, text: str) -> tuple[str, tuple[CallPiece, ...]]: ...
 
@@ -98,6 +104,7 @@ class Answer:
     def __init__(self, spelling: Spelling, style: Style, calls: CallReader | None = None, begin: int = 0):
         self._begin = begin
         self._spelling, self._style, self._calls = spelling, style, calls
+        self._marks = calls.marks if calls is not None else {}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = StopStrings(style.stop, style.include_stop)
         self._splitter = Splitter(style.thinks) if style.splits else Whole()
@@ -127,8 +134,7 @@ class Answer:
 
     def finish(self) -> list[Piece]:
         """What was held back, once no more tokens come."""
-        text = self._decoder.decode(b"", True)
-        safe = self._without_lead(self._stops.feed(text)[0] + self._stops.finish())
+        safe = self._without_lead(self._stops.feed(self._decoder.decode(b"", True))[0] + self._stops.finish())
         reasoning, content = (a + b for a, b in zip(self._splitter.feed(safe), self._splitter.finish()))
         calls: tuple[CallPiece, ...] = ()
         if self._calls is not None:
@@ -136,12 +142,15 @@ class Answer:
             rest, more = self._calls.finish()
             content, calls = content + rest, calls + more
         self.called |= bool(calls)
-        piece = Piece(reasoning, content, calls, self._ready(None))
+        piece = Piece(self._plain(reasoning), content, calls, self._ready(None))
         return [piece] if any(piece) else []
 
     def _next(self, token: Token) -> Piece:
         self.tokens += 1
-        text = self._decoder.decode(self._spelling.bytes_of_all((token.id,), self._style.skip_special))
+        if token.id in self._marks:
+            text = self._decoder.decode(b"", True) + self._marks[token.id]
+        else:
+            text = self._decoder.decode(self._spelling.bytes_of_all((token.id,), self._style.skip_special))
         self._decoded += len(text)
         unfinished = bool(self._decoder.getstate()[0])  # the character that its last byte belongs to is to come
         self._waiting.append((self._decoded + unfinished, token))
@@ -157,7 +166,11 @@ class Answer:
             content, calls = self._calls.feed(content)
             held += self._calls.held
         self.called |= bool(calls)
-        return Piece(reasoning, content, calls, self._ready(None if self.stopped else self._passed - held))
+        return Piece(self._plain(reasoning), content, calls, self._ready(None if self.stopped else self._passed - held))
+
+    def _plain(self, text: str) -> str:
+        """Text with the names of tokens in place of their marks."""
+        return plain(text) if self._marks else text
 
     def _without_lead(self, text: str) -> str:
         if not text or not self._lead:

@@ -29,9 +29,10 @@ from benthic.inference.config import EngineConfig, StructuredOutputsParams
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
 from benthic.server import about, generate, render, static, tokens
-from benthic.server.auth import Gate, read_key
 from benthic.server.config import ServeConfig
 from benthic.server.errors import ApiError
+from benthic.server.gate import OPEN_PATHS, Gate
+from benthic.server.keys import Keys, read_keys
 from benthic.server.listener import Server, bind, url
 from benthic.server.openapi import document
 from benthic.server.queue import Queue
@@ -56,12 +57,13 @@ def serve(config: ServeConfig) -> None:
         leave_to_rank_0()
         _load(config).follow()
         return
-    key = read_key(config)
+    keys = read_keys(config)
     listener = bind(config.host, config.port)
     try:
         llm = _load(config)
         service = _service(config, llm)
-        server = Server(build(service, config.host, key), service.worker, config.shutdown_timeout)
+        app = build(service, config.host, keys, origins=config.allowed_origins)
+        server = Server(app, service.worker, config.shutdown_timeout)
         service.worker.run()
         gc.freeze()  # the model and all modules stay; collections that look at them stall the loop for 0.2 s
         print(f"{config.name} is served at {url(listener)}", file=sys.stderr, flush=True)
@@ -117,15 +119,24 @@ def _turns(config: ServeConfig, rows: int) -> Queue[Ticket]:
     return Queue(rows + max(1, rows // 8), config.max_queued_requests, config.max_queued_tokens)
 
 
-def build(service: Service, host: str, key: str, more: Sequence[BaseRoute] = ()) -> Gate:
-    """The ASGI app: the gate, and the routes behind it, of which `more` come from outside this file."""
+def build(
+    service: Service,
+    host: str,
+    keys: Keys,
+    more: Sequence[BaseRoute] = (),
+    *,
+    open_paths: Sequence[bytes] = (*OPEN_PATHS, *static.paths()),
+    origins: Sequence[str] = (),
+) -> Gate:
+    """The ASGI app: the gate, and the routes behind it, of which `more` come from outside this file. `open_paths`, the
+    static page's, need no key; pages of `origins` may ask."""
     handled = (ApiError, HTTPException, ClientDisconnect, Exception)
     app = FastAPI(
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
         exception_handlers=dict.fromkeys(handled, _answer_error),
     )  # fmt: skip
     app.router.routes.extend(routes(service, more))
-    return Gate(app, host, key)
+    return Gate(app, host, keys, open_paths=open_paths, origins=origins)
 
 
 def routes(service: Service, more: Sequence[BaseRoute] = ()) -> list[BaseRoute]:

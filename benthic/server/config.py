@@ -1,11 +1,12 @@
 """What `benthic serve` can be told. Imports no torch."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from benthic.base.errors import InputError
 from benthic.parallel.config import ParallelConfig
@@ -23,10 +24,12 @@ class ServeConfig:
     """Address to listen on; any other than a loopback address needs a key."""
     port: int = 8000
     """0 takes any free port."""
-    api_key: str = field(default="", repr=False)
-    """Key that clients must send. Other users of the machine can read flags: prefer the file or BENTHIC_API_KEY."""
+    api_key: UseAppendAction[tuple[str, ...]] = field(default=(), repr=False)
+    """Key that clients must send, or name:key; repeat it for more. Other users can read flags: prefer the file."""
     api_key_file: str = ""
-    """File whose first line is the key."""
+    """File with a key, or name:key, on each line. Names stand in the log; keys of one name are one client."""
+    allowed_origins: UseAppendAction[tuple[str, ...]] = ()
+    """Origin of web pages that may use the server beside its own, as https://app.example; repeat it for more."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -69,6 +72,9 @@ class ServeConfig:
             raise InputError(f"shutdown_timeout is {self.shutdown_timeout} -> use a number of seconds, 0 or more")
         if not (math.isfinite(self.request_timeout) and self.request_timeout > 0):
             raise InputError(f"request_timeout is {self.request_timeout} -> use a number of seconds above 0")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin):
+                raise InputError(f"allowed_origins has {origin[:80]!r} -> write origins as https://app.example, or *")
         if not self.host:
             raise InputError("host is empty -> use 127.0.0.1, or 0.0.0.0 with an API key")
 

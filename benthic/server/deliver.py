@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from benthic.inference.request import Delta, PromptPlace
 from benthic.server.answer import Answer, Piece, Token, joined
-from benthic.server.auth import Message, Receive, Send
+from benthic.server.asgi import Message, Receive, Send
 from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
 from benthic.server.prepare import Job

@@ -4,8 +4,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from benthic.server.answer import Answer
-from benthic.server.auth import Receive, Scope, Send, caller
+from benthic.server.asgi import Receive, Scope, Send
+from benthic.server.calls import reader
 from benthic.server.deliver import Reading, attended, patient, send_events, send_whole
+from benthic.server.gate import caller
 from benthic.server.prepare import Job, for_chat, for_completion
 from benthic.server.replies import ChatReplies, CompletionReplies, Replies, Spelled
 from benthic.server.route import Route, post
@@ -25,6 +27,8 @@ class Generation:
     ask: Sampling
     prepare: Callable[[], Awaitable[Job]]
     replies: Replies
+    parallel: bool = True
+    """Whether an answer may hold several tool calls."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.service.worker.open(caller(scope)) as stream:
@@ -35,7 +39,9 @@ class Generation:
         stream.start(job.requests, deadline=self.ask.timeout)
         spelling = self.service.tokenizer
         answers = [
-            Answer(spelling, job.style, begin=len(job.prompts[i // job.n].text)) for i in range(len(job.requests))
+            Answer(spelling, job.style, reader(spelling, self.parallel) if job.calls else None, len(prompt.text))
+            for prompt in job.prompts
+            for _ in range(job.n)
         ]
         reading = Reading(stream, job, answers)
         options = self.ask.stream_options
@@ -63,6 +69,7 @@ class Generating:
             ask=ask,
             prepare=lambda: for_chat(self.service, ask),
             replies=ChatReplies(self.service.name, spelled, ask.logprobs, ask.prompt_logprobs),
+            parallel=ask.parallel_tool_calls,
         )
 
     async def completion(self, ask: CompletionRequest) -> Generation:

@@ -1,14 +1,64 @@
 """The socket, and uvicorn around the app."""
 
+import asyncio
 import socket
 import time
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from benthic.base.errors import InputError
 from benthic.server.limits import LIMITS
 from benthic.server.worker import Worker
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with an end for a client that never completes the head of a request, and for one too many."""
+
+    _impatience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            transport.abort()
+        else:
+            self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        super().data_received(data)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _wait_for_head(self) -> None:
+        """The clock runs from the connection, or from the first byte after an answer, to the end of the head."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._impatience is None:
+            self._impatience = self.loop.call_later(LIMITS["head_seconds"].high, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
+
+
+def most_connections() -> int:
+    """The limit, or half of the open files that the system allows this process."""
+    try:
+        import resource  # not on Windows
+    except ModuleNotFoundError:
+        return int(LIMITS["connections"].high)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    unlimited = files == resource.RLIM_INFINITY
+    return int(LIMITS["connections"].high if unlimited else min(LIMITS["connections"].high, files // 2))
 
 
 class Server(uvicorn.Server):
@@ -18,7 +68,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,

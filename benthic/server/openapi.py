@@ -1,7 +1,7 @@
 """/openapi.json: the schema of every route, made from the routes' own types, loading nothing from elsewhere."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
@@ -11,6 +11,9 @@ from starlette.routing import BaseRoute, Route
 from benthic.server import static
 from benthic.server.about import version
 from benthic.server.types import replies
+from benthic.server.types.chat import ChatRequest
+from benthic.server.types.completions import CompletionRequest
+from benthic.server.types.tokens import DetokenizeRequest, TokenizeChat, TokenizeText
 
 STREAMS = {"/v1/chat/completions": "ChatChunk", "/v1/completions": "CompletionReply"}
 OPEN = ("/health", *(path.decode() for path in static.paths()))
@@ -25,7 +28,10 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     schemas = whole["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own reader is not used
         schemas.pop(name, None)
-    _add_chunks(schemas)
+    for model in (ChatRequest, CompletionRequest, TokenizeText, TokenizeChat, DetokenizeRequest):
+        _add(schemas, model, "validation")  # again: FastAPI writes large whole numbers as inexact ones
+    for name in STREAMS.values():
+        _add(schemas, getattr(replies, name), "serialization")
     for path, operations in whole["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
@@ -44,12 +50,10 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     return whole
 
 
-def _add_chunks(schemas: dict[str, Any]) -> None:
-    for name in set(STREAMS.values()) - schemas.keys():
-        made = TypeAdapter(getattr(replies, name)).json_schema(ref_template=REF + "{model}", mode="serialization")
-        for part, schema in made.pop("$defs", {}).items():
-            schemas.setdefault(part, schema)
-        schemas[name] = made
+def _add(schemas: dict[str, Any], kind: Any, mode: Literal["validation", "serialization"]) -> None:
+    made = TypeAdapter(kind).json_schema(ref_template=REF + "{model}", mode=mode)
+    schemas.update(made.pop("$defs", {}))
+    schemas[kind.__name__] = made
 
 
 def _plain(route: Route) -> dict[str, Any]:

@@ -12,13 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from benthic.base.errors import InputError
+from benthic.inference import calls
 from benthic.inference.config import SamplingParams, StructuredOutputsParams
 from benthic.inference.request import Request
 from benthic.server.answer import PLAIN, Style
+from benthic.server.calls import can_call
 from benthic.server.errors import ApiError
 from benthic.server.limits import LIMITS
 from benthic.server.service import Service
-from benthic.server.types.chat import AssistantMessage, ChatRequest, Content, Conversation, Message, ToolMessage
+from benthic.server.types.chat import (
+    AssistantMessage,
+    ChatRequest,
+    Content,
+    Conversation,
+    Message,
+    NamedChoice,
+    ToolMessage,
+)
 from benthic.server.types.completions import CompletionRequest
 from benthic.server.types.sampling import JsonSchemaFormat, Sampling
 from benthic.tokenizer import chat
@@ -51,6 +61,8 @@ class Job:
     """`n` for each prompt, in order."""
     n: int
     style: Style = PLAIN
+    calls: bool = False
+    """The answer may hold tool calls."""
     mute: bool = False
     """The one token that the engine makes was not asked for (max_tokens 0)."""
 
@@ -66,6 +78,8 @@ async def for_chat(service: Service, ask: ChatRequest) -> Job:
     lead = ask.messages[-1] if ask.echo else None
     prompt = Prompt(ids=rendered.ids, text=_text(lead.content) if isinstance(lead, AssistantMessage) else "")
     form, param = _form(ask, rendered.thinks)
+    if ask.calls in ("required", "named"):
+        form, param = _call_form(service, ask, rendered.thinks), "tool_choice"
     if param:
         await service.forms.check(form, param)
     params = _params(service, ask, prompt.ids, ask.most_tokens, form, "messages", ask.top_logprobs)
@@ -77,7 +91,9 @@ async def for_chat(service: Service, ask: ChatRequest) -> Job:
         thinks=rendered.thinks,
         lead=rendered.lead,
     )
-    return Job(prompts=[prompt], requests=_requests(ask, prompt, params), n=ask.n, style=style)
+    return Job(
+        prompts=[prompt], requests=_requests(ask, prompt, params), n=ask.n, style=style, calls=ask.calls != "none"
+    )
 
 
 async def for_completion(service: Service, ask: CompletionRequest) -> Job:
@@ -103,8 +119,13 @@ async def for_completion(service: Service, ask: CompletionRequest) -> Job:
 
 async def render(service: Service, ask: Conversation) -> Rendered:
     """The prompt of a conversation. ApiError 400 names the field at fault."""
-    size = sum(len(_text(message.content)) for message in ask.messages)
-    return await _made(size, lambda: _render(service, ask))
+    declared = [] if isinstance(ask, ChatRequest) and ask.calls == "none" else ask.tools
+    tools = [tool.model_dump(exclude_none=True, exclude_defaults=True) for tool in declared]
+    if tools and not can_call(service.tokenizer):
+        message = "tools: the chat template or the tokenizer has no words for them; use a model that has"
+        raise ApiError(400, message, param="tools")
+    size = sum(len(_text(message.content)) for message in ask.messages) + len(_json(tools))
+    return await _made(size, lambda: _render(service, ask, tools))
 
 
 async def encode(service: Service, text: str, begin: bool) -> list[int]:
@@ -118,12 +139,12 @@ async def _made(size: int, make: Callable[[], Made]) -> Made:
     return make() if size < LONG else await asyncio.to_thread(make)
 
 
-def _render(service: Service, ask: Conversation) -> Rendered:
+def _render(service: Service, ask: Conversation, tools: list[dict[str, Any]]) -> Rendered:
     tokenizer = service.tokenizer
     thinking = service.thinking if ask.thinking is None else ask.thinking
     messages = [_message(message) for message in ask.messages]
     try:
-        rendered = chat.render(messages, tokenizer, ask.add_generation_prompt, thinking)
+        rendered = chat.render(messages, tokenizer, ask.add_generation_prompt, thinking, tools)
     except ThinkingRefused as error:
         raise ApiError(400, str(error), param="chat_template_kwargs.thinking") from error
     except InputError as error:
@@ -199,7 +220,17 @@ def _form(ask: Sampling, thinks: bool) -> tuple[StructuredOutputsParams, str]:
     return StructuredOutputsParams(**asked, after_thinking=bool(asked) and thinks), param
 
 
-def _json(value: dict[str, Any]) -> str:
+def _call_form(service: Service, ask: ChatRequest, thinks: bool) -> StructuredOutputsParams:
+    """The form of an answer that must call a tool."""
+    name = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedChoice) else ""
+    tools = [tool.model_dump(exclude_none=True) for tool in ask.tools]
+    try:
+        return calls.form(service.tokenizer, tools, name, parallel=ask.parallel_tool_calls, after_thinking=thinks)
+    except InputError as error:
+        raise ApiError(400, f"tool_choice: {error}", param="tool_choice") from error
+
+
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -262,7 +293,7 @@ def _prompt_logprobs(ask: Sampling) -> int:
 def _requests(ask: Sampling, prompt: Prompt, params: SamplingParams) -> list[Request]:
     salt = ask.cache_salt or ""
     return [
-        Request(prompt_token_ids=list(prompt.ids), params=sample, priority=ask.priority, cache_salt=salt)
+        Request(prompt_token_ids=prompt.ids, params=sample, priority=ask.priority, cache_salt=salt)
         for sample in params.samples()
     ]
 

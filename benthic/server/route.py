@@ -7,7 +7,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from benthic.server.auth import Receive, Scope, Send
+from benthic.server.asgi import Receive, Scope, Send
 from benthic.server.types.replies import ErrorReply
 from benthic.server.wire import dump
 

@@ -21,6 +21,12 @@ class Ticket(Entry):
     request: Request
     request_id: int = -1  # in the engine; belongs to its thread
     cached: int = -1  # tokens of its prompt that were found computed; -1 before its first delta
+    count: int = 0  # tokens of its answer
+    reason: str = ""  # why it ended: a finish reason, or error
+    came: float = 0.0  # when it began to wait, by the loop's clock like the next three
+    begun: float = 0.0  # when the engine got it
+    first: float = 0.0  # when its first token came
+    last: float = 0.0  # when its last token came
 
 
 class Owner(Protocol):
@@ -52,9 +58,9 @@ class Stream:
         self.tickets: list[Ticket] = []
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        self._opened = self._loop.time()
+        self.opened = self._loop.time()
         self._deadline = deadline
-        self._timer = self._loop.call_at(self._opened + deadline, self._expire)
+        self._timer = self._loop.call_at(self.opened + deadline, self._expire)
         self._error: ApiError | None = None
         self._news: dict[int, list[Delta]] = {}  # by index, what the reader has not taken
         self._unread = 0  # tokens in `_news`
@@ -78,7 +84,7 @@ class Stream:
         if deadline is not None and deadline < self._deadline:
             self._deadline = deadline
             self._timer.cancel()
-            self._timer = self._loop.call_at(self._opened + deadline, self._expire)
+            self._timer = self._loop.call_at(self.opened + deadline, self._expire)
         tickets = [
             Ticket(
                 client=self.client, tokens=len(request.prompt_token_ids), priority=request.priority, stream=self,
@@ -118,6 +124,11 @@ class Stream:
             self._owner.withdraw([ticket])
 
     # For the worker
+
+    @property
+    def failed(self) -> bool:
+        """It ended with an error."""
+        return self._error is not None
 
     def feed(self, ticket: Ticket, delta: Delta) -> None:
         """Add what one step brought to one request."""

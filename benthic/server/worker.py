@@ -50,6 +50,28 @@ class Engine(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Who is told what happens to requests (`benthic.server.metrics.Metrics`)."""
+
+    def arrived(self, ticket: Ticket, tokens: int, now: float) -> None:
+        """Tokens of a request, before its own count of them changes."""
+        ...
+
+    def ended(self, ticket: Ticket, now: float) -> None:
+        """A request has ended, for `ticket.reason`."""
+        ...
+
+
+class Unwatched:
+    """Nobody."""
+
+    def arrived(self, ticket: Ticket, tokens: int, now: float) -> None:
+        """Nothing to do."""
+
+    def ended(self, ticket: Ticket, now: float) -> None:
+        """Nothing to do."""
+
+
 class Worker:
     """Requests wait in `turns` until the engine has a place; each may take `request_timeout` seconds, waiting included.
 
@@ -58,6 +80,7 @@ class Worker:
 
     def __init__(self, engine: Engine, turns: Queue[Ticket], request_timeout: float = 3600.0):
         self._engine = engine
+        self._watch: Watch = Unwatched()
         self._turns = turns  # event loop only, like the next three
         self._request_timeout = request_timeout
         self._open: set[Stream] = set()
@@ -71,6 +94,10 @@ class Worker:
     def run(self) -> None:
         """Start the engine thread."""
         self._thread.start()
+
+    def watch(self, watch: "Watch") -> None:
+        """Have `watch` told of what happens to requests."""
+        self._watch = watch
 
     # On the event loop
 
@@ -97,18 +124,23 @@ class Worker:
             out = self._turns.add(tickets)
         except Full:
             raise self._full() from None
+        now = self._now()
+        for ticket in tickets:
+            ticket.came = now
         for ticket in out:
+            self._ended(ticket, "error", now)
             ticket.stream.fail(self._full())
         self._start()
 
     def withdraw(self, tickets: list[Ticket]) -> None:
         """End the requests: those that run before the engine's next step."""
-        running = [ticket for ticket in tickets if ticket.state == "running"]
+        running, now = [ticket for ticket in tickets if ticket.state == "running"], self._now()
         for ticket in tickets:
             if ticket.state == "waiting":
                 self._turns.leave(ticket)
-        for ticket in running:
-            self._turns.end(ticket, self._now())
+            else:
+                self._turns.end(ticket, now)
+            self._ended(ticket, "error" if ticket.stream.failed else "abort", now)
         if running:
             self._inbox.put(partial(self._abort, running))
         self._start()
@@ -121,21 +153,38 @@ class Worker:
         """Hand the engine those whose turn it is."""
         tickets = list(iter(self._turns.next, None))
         if tickets:
+            now = self._now()
+            for ticket in tickets:
+                ticket.begun = now
             self._inbox.put(partial(self._add, tickets))
 
     def _feed(self, news: list[tuple[Ticket, Delta]]) -> None:
         """What a step brought."""
+        now = self._now()
         for ticket, delta in news:
             if ticket.state != "running":
                 continue  # withdrawn meanwhile
-            if ticket.cached < 0:
-                ticket.cached = delta.num_cached_tokens
-                self._turns.give(ticket, -ticket.cached)
-            self._turns.give(ticket, len(delta.token_ids))
+            count = len(delta.token_ids)
+            if count:
+                self._count(ticket, delta, count, now)
             if delta.finish_reason:
-                self._turns.end(ticket, self._now())
+                self._turns.end(ticket, now)
+                self._ended(ticket, delta.finish_reason, now)
             ticket.stream.feed(ticket, delta)
         self._start()
+
+    def _count(self, ticket: Ticket, delta: Delta, count: int, now: float) -> None:
+        if not ticket.count:
+            ticket.cached, ticket.first = delta.num_cached_tokens, now
+            self._turns.give(ticket, -ticket.cached)
+        self._turns.give(ticket, count)
+        self._watch.arrived(ticket, count, now)
+        ticket.count += count
+        ticket.last = now
+
+    def _ended(self, ticket: Ticket, reason: str, now: float) -> None:
+        ticket.reason = reason
+        self._watch.ended(ticket, now)
 
     def _full(self) -> ApiError:
         wait = str(self._turns.retry_after(self._now()))

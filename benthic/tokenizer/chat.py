@@ -6,8 +6,18 @@ from typing import Any
 
 from benthic.base.errors import InputError, did_you_mean
 from benthic.tokenizer import foreign
+from benthic.tokenizer import tools as declared
 from benthic.tokenizer.runs import Rendered, Runs
-from benthic.tokenizer.templates import TEMPLATES, Template, ThinkingRefused, Tools, fitting, lacking
+from benthic.tokenizer.templates import (
+    DECLARED,
+    OF_TOOL,
+    TEMPLATES,
+    Template,
+    ThinkingRefused,
+    Tools,
+    fitting,
+    lacking,
+)
 from benthic.tokenizer.tokenizer import Tokenizer
 from benthic.tokenizer.tokens import CALLS, END_CALLS, END_OUTPUT, END_THINK, MARKUP, OUTPUT, THINK, THINKING
 
@@ -25,22 +35,28 @@ def render(
     tokenizer: Tokenizer,
     add_generation_prompt: bool = False,
     thinking: bool | None = None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Rendered:
     """The conversation in the tokenizer's chat format, which `Tokenizer.with_template` changes.
 
     `add_generation_prompt` ends it with what asks for an answer; `thinking` chooses whether the model shall think
     where the format knows both (V3.1; without thinking unless asked), and is ThinkingRefused elsewhere. An answer that
     a user turn follows loses its thinking. Only assistant turns can hold thinking tokens: everywhere else a token's
-    name is plain text. A Jinja template that is none of ours is served by `foreign.render`. InputError names the
-    message at fault.
+    name is plain text. `tools` are declared behind the system prompt, as `tools.check` takes them; InputError where the
+    format has no words for them. A Jinja template that is none of ours is served by `foreign.render`. InputError names
+    the message at fault.
     """
+    declared.check(tools)
     name = tokenizer.template
     known = TEMPLATES[name] if name else None
-    _check_messages(messages, tools=known is None or (known.tools is not None and CALLS in tokenizer.special))
+    able = known is None or (known.tools is not None and CALLS in tokenizer.special)
+    _check_messages(messages, able)
+    if tools and not able:
+        raise InputError(f"tools, but template {name!r} or the tokenizer has no words for them -> use one that has")
     if known is None:
-        return foreign.render(messages, tokenizer, add_generation_prompt, thinking)
+        return foreign.render(messages, tokenizer, add_generation_prompt, thinking, tools)
     thinks = _choice(known, name, thinking)
-    return _Conversation(known, tokenizer).render(messages, thinks if add_generation_prompt else None)
+    return _Conversation(known, tokenizer).render(messages, thinks if add_generation_prompt else None, tools)
 
 
 def check(tokenizer: Tokenizer, thinking: bool | None = None) -> None:
@@ -79,12 +95,14 @@ class _Conversation:
         self._runs = Runs(tokenizer)
         self._previous = ""
 
-    def render(self, messages: Messages, prompt: bool | None) -> Rendered:
+    def render(self, messages: Messages, prompt: bool | None, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
         """`prompt` is None, or whether the model shall think in the answer that is asked for."""
         self._runs.token(self._tokenizer.bos_id, False)
         systems = [m["content"] for m in messages if m["role"] == "system"]
         if self._template.system != "in place":
             self._runs.text("\n\n".join(systems if self._template.system == "joined" else systems[-1:]), False)
+        if tools and self._template.tools:
+            self._declare(tools, self._template.tools)
         last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         for i, message in enumerate(messages):
             if message["role"] == "system":
@@ -108,6 +126,15 @@ class _Conversation:
         opening = self._template.openings[prompt]
         self._markup(self._template.assistant + opening)
         return self._runs.rendered(opening, self._template.lead)
+
+    def _declare(self, tools: Sequence[dict[str, Any]], form: Tools) -> None:
+        before, description, parameters, after = OF_TOOL
+        self._runs.text(DECLARED, False)
+        for tool in tools:
+            function = tool["function"]
+            said = before + function["name"] + description + (function.get("description") or "")
+            self._runs.text(said + parameters + declared.parameters(function) + after, False)
+        self._markup(form.rules)
 
     def _answer(self, message: dict[str, Any], past: bool) -> None:
         content = message.get("content") or ""

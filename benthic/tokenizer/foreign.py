@@ -35,8 +35,8 @@ class Sandbox:
     def render(self, template: str, contexts: list[dict[str, Any]]) -> list[str]:
         """One text for each context, all of the same variables.
 
-        ThinkingRefused if they say `thinking` and the template never asks. InputError if the template fails, takes too
-        long, or needs or writes too much.
+        ThinkingRefused if they say `thinking` and the template never asks, InputError if so of `tools`, and if the
+        template fails, takes too long, or needs or writes too much.
         """
         with self._lock:
             child = self._started()
@@ -55,6 +55,8 @@ class Sandbox:
             raise InputError(f"chat_template fails: {answer['error']} -> mend it, or name a known template")
         if any("thinking" in context for context in contexts) and "thinking" not in answer["variables"]:
             raise ThinkingRefused("thinking is not a choice in this chat_template -> leave it out")
+        if any("tools" in context for context in contexts) and "tools" not in answer["variables"]:
+            raise InputError("tools, but this chat_template has no words for them -> use one that has")
         return answer["texts"]
 
     def _started(self) -> "subprocess.Popen[str]":
@@ -100,6 +102,7 @@ def render(
     tokenizer: Tokenizer,
     add_generation_prompt: bool,
     thinking: bool | None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Rendered:
     """Ids of the tokenizer's `chat_template`: transformers' ids, but tokens' names inside messages stay text.
 
@@ -107,9 +110,9 @@ def render(
     conversation up to each answer; with a generation prompt, which nobody trains on, it is False throughout. InputError
     where the beginnings of a conversation are not rendered as beginnings of its text.
     """
-    shielded, names = _shielded(messages, tokenizer)
+    shielded, declared, names = _shielded(messages, tools, tokenizer)
     asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"] if not add_generation_prompt else []
-    base = _base(tokenizer, thinking)
+    base = _base(tokenizer, thinking) | ({"tools": declared} if tools else {})
     parts = [(shielded, add_generation_prompt)]
     for i in asked:
         parts += [(shielded[:i], False), (shielded[:i], True), (shielded[: i + 1], False)]
@@ -137,9 +140,11 @@ def _base(tokenizer: Tokenizer, thinking: bool | None) -> dict[str, Any]:
     return base if thinking is None else base | {"thinking": thinking}
 
 
-def _shielded(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The messages with each token's name replaced by one character, and {character: name}."""
-    whole = json.dumps(list(messages), ensure_ascii=False)
+def _shielded(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], tokenizer: Tokenizer
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+    """Messages and tools with each token's name replaced by one character, and {character: name}."""
+    whole = json.dumps([*messages, *tools], ensure_ascii=False)
     free = (chr(c) for c in _STANDS_FOR if chr(c) not in whole)
     stands_for = {name: next(free) for name in tokenizer.special if json.dumps(name, ensure_ascii=False)[1:-1] in whole}
 
@@ -155,7 +160,8 @@ def _shielded(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple
         of_text = [n for n in stands_for if message["role"] != "assistant" or n not in (THINK, END_THINK)]
         content = {"content": shield(message["content"], of_text)} if "content" in message else {}
         shielded.append(shield(message, list(stands_for)) | content)
-    return shielded, {char: name for name, char in stands_for.items()}
+    names = {char: name for name, char in stands_for.items()}
+    return shielded, shield(list(tools), list(stands_for)), names
 
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:

@@ -42,6 +42,25 @@ class Tools:
     between_outputs: str = ""
     end_outputs: str = ""
 
+    @property
+    def rules(self) -> str:
+        """How to call a tool, after the last one that is declared."""
+        before, middle, after = self.call
+        chained = "with a line break between them" if self.between_calls else "directly without separators or spaces"
+        return (
+            "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n"
+            f"{CALLS}{before}tool_call_name{middle}tool_call_arguments{after}{{additional_tool_calls}}{END_CALLS}\n\n"
+            "Where:\n"
+            "- `tool_call_name` must be an exact match to one of the available tools\n"
+            "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+            f"- For multiple tool calls, chain them {chained}"
+        )
+
+
+# Before the tools, around what is said of each, and after it: V3.1's words. V3 and R1 were released without any.
+DECLARED = "\n\n## Tools\nYou have access to the following tools:\n\n"
+OF_TOOL = ("### ", "\nDescription: ", "\n\nParameters: ", "\n\n")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
@@ -103,6 +122,9 @@ _OTHER_TEXTS = {
     "3a3036eeb96ca0e48565fc1f19b4d7d3fa17ada32bb1b3d5ed539ae74cf22923": "v3",  # V3-0324
     "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f": "r1",  # R1
     "37cabd20b2b62e3efe7fa55533ef0bc6e1eae63b60cf77265b2a09632aa1358d": "v3.1",  # V3.1
+    "d9ab7713839427d6f361aa2476b53f6ae6cc99e2b325437700374de3bef67b07": "v3",  # before declared tools, as the next
+    "86a893525f098f4d8ed73de6ad30c35ac9b2cb384107d9eaf27f18dbf9604097": "r1",
+    "c5da2380de79edbc11201ab5253f85eb734b3dfe07fd3040bbc208f0e3df117e": "v3.1",
     "3a7113a995a73ede8546d6fa39e3642be51ab9c50f732ff7f55d66ece6f6abc2": "v3",  # before tools
     "b286bd8e482b42f900d1741d4283a9e7be207a4d848d7c7b84c319f853b29c19": "v3.1",  # before unfinished thoughts
 }
@@ -148,6 +170,7 @@ def jinja(template: Template) -> str:
     return (
         "{{- bos_token -}}"
         + system
+        + (_declared(tools) if tools else "")
         + "{%- set ns = namespace(previous='') -%}{%- for message in messages -%}"
         + (in_place if template.system == "in place" else "")
         + "{%- if message['role'] == 'user' -%}"
@@ -163,6 +186,20 @@ def jinja(template: Template) -> str:
         + "{%- endfor -%}"
         + end_outputs
         + _if(f"add_generation_prompt and {_asks(template)}", _print(template.assistant) + _opening(template))
+    )
+
+
+def _declared(tools: Tools) -> str:
+    before, description, parameters, after = map(_quoted, OF_TOOL)
+    of = "tool['function']"
+    return _if(
+        "tools",
+        _print(DECLARED)
+        + "{%- for tool in tools -%}"
+        + f"{{{{- {before} + {of}['name'] + {description} + ({of}['description'] or '') -}}}}"
+        + f"{{{{- {parameters} + (({of}['parameters'] or {{}}) | tojson) + {after} -}}}}"
+        + "{%- endfor -%}"
+        + _print(tools.rules),
     )
 
 
@@ -232,4 +269,5 @@ def _print(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """A Jinja string. Line breaks as escapes, because a lexer may change those that stand as themselves."""
-    return f"'{json.dumps(text, ensure_ascii=False)[1:-1]}'"
+    inside = json.dumps(text, ensure_ascii=False)[1:-1].replace("'", "\\'")
+    return f"'{inside}'"

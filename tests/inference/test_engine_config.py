@@ -78,6 +78,8 @@ def test_too_many_stops_are_counted():
         ({"json": 5}, "json=5 is no text"),
         ({"json": {"a": {1, 2}}}, "is no JSON"),
         ({"regex": b"a"}, "regex=b'a'"),
+        ({"structural_tag": 5}, "structural_tag=5 is no text"),
+        ({"structural_tag": {"a": {1, 2}}}, "structural_tag=.* is no JSON"),
         ({"json_object": 1}, "json_object=1"),
         ({"regex": "a", "json_object": True}, "regex and json_object at once"),
         ({"after_thinking": True}, "after_thinking=True without a form"),

@@ -36,15 +36,20 @@ def direct(model: Transformer, prompt: list[int], count: int) -> list[PromptPlac
     return places
 
 
-def agree(found: list[PromptPlace | None] | None, expected: list[PromptPlace | None]) -> bool:
+def agree(found: list[PromptPlace | None] | None, expected: list[PromptPlace | None], within: float = 1e-4) -> bool:
+    """The same up to rounding, which at one place of a prompt may turn two neighbours in rank around."""
     if found is None or len(found) != len(expected) or found[0] is not None:
         return False
-    return all(
-        (a.rank, [token for token, _ in a.top]) == (b.rank, [token for token, _ in b.top])
-        and a.logprob == pytest.approx(b.logprob, abs=1e-4)
-        and [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=1e-4)
-        for a, b in zip(found[1:], expected[1:])
-        if a is not None and b is not None
+    pairs = [(a, b) for a, b in zip(found[1:], expected[1:]) if a is not None and b is not None]
+    turned = [a.rank - b.rank for a, b in pairs if a.rank != b.rank]
+    others = [a for a, b in pairs if [token for token, _ in a.top] != [token for token, _ in b.top]]
+    return (
+        len(pairs) == len(found) - 1
+        and len(turned) <= 1
+        and set(turned) <= {-1, 1}
+        and len(others) <= 1
+        and all(a.logprob == pytest.approx(b.logprob, abs=within) for a, b in pairs)
+        and all([p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=within) for a, b in pairs)
     )
 
 

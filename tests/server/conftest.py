@@ -14,9 +14,10 @@ import pytest
 
 from benthic.inference.request import Delta, PromptPlace
 from benthic.server.app import build
+from benthic.server.keys import Keys
 from benthic.server.listener import Server, bind, url
 from benthic.server.queue import Queue
-from benthic.server.service import Service
+from benthic.server.service import Forms, Service
 from benthic.server.worker import Worker
 from benthic.tokenizer import bpe
 
@@ -128,13 +129,16 @@ def eventually():
 @contextlib.contextmanager
 def running(
     engine, tokenizer, *, key="", capacity=8, max_queued=0, host="127.0.0.1", max_model_len=4096, shutdown_timeout=5.0,
-    thinking=None,
+    thinking=None, forms=None, origins=(),
 ):  # fmt: skip
     """A server on a free port with clients of it; closed and checked at the end."""
     worker = Worker(engine, Queue(capacity, max_queued, 2**20))
-    service = Service(name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=max_model_len, thinking=thinking)
+    service = Service(
+        name="tiny", tokenizer=tokenizer, worker=worker, max_model_len=max_model_len, thinking=thinking,
+        forms=forms or Forms(),
+    )  # fmt: skip
     listener = bind("127.0.0.1", 0)
-    server = Server(build(service, host, key), worker, shutdown_timeout)
+    server = Server(build(service, host, Keys([key] if key else []), origins=origins), worker, shutdown_timeout)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
     worker.run()
     thread.start()

@@ -81,7 +81,7 @@ BODIES = [
     {}, {"temperature": 0.5}, {"temperature": 3}, {"temperature": None}, {"stop": "x"}, {"stop": ["x"]}, {"stop": 3},
     {"n": 0}, {"n": 2}, {"unknown": 1}, {"user": "ann"}, {"functions": ["f"]}, {"functions": []},
     {"response_format": {"type": "xml"}}, {"logit_bias": {"5": 1}}, {"logit_bias": {"5": 101}},
-    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tool_choice": "any"},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}, {"tool_choice": "any"},
     {"messages": []}, {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user"}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
 ]  # fmt: skip

@@ -89,7 +89,7 @@ def test_merging_loses_nothing_of_a_delta():
     assert parts[0].token_ids == [1, 2]
 
 
-@pytest.mark.parametrize("asked", [None, 0.05, 100.0])
+@pytest.mark.parametrize("asked", [None, 0.4, 100.0])
 def test_a_deadline_ends_the_request_where_it_is(scene, engine, eventually, asked):
     engine.script, engine.pause = [65] * 10**6, 0.001
 
@@ -102,11 +102,11 @@ def test_a_deadline_ends_the_request_where_it_is(scene, engine, eventually, aske
             assert len(seen[0][0]) > 3  # it had begun
             assert caught.value.status == 504
             assert caught.value.code == "deadline_exceeded"
-            assert f"{asked if asked == 0.05 else 0.2:g} seconds" in caught.value.message
+            assert f"{asked if asked == 0.4 else 0.6:g} seconds" in caught.value.message
             while engine.running:  # aborted though the place is still held
                 await asyncio.sleep(0.001)
 
-    scene(act, request_timeout=0.2)
+    scene(act, request_timeout=0.6)
     assert engine.counts["aborted"] == 1
 
 

@@ -1,6 +1,7 @@
 """Prompts, the answers to them, and the choice of a chat format: what was said can be rendered again as it was."""
 
 import random
+import re
 
 import pytest
 
@@ -203,9 +204,14 @@ def test_a_jinja_template_must_ask_for_thinking_to_have_the_choice(of, jinja_fil
 
 
 def test_a_folder_that_an_earlier_version_wrote_keeps_its_format():
-    text = templates.jinja(TEMPLATES["v3.1"]).replace(
+    for name in ("v3", "r1", "v3.1"):
+        now = templates.jinja(TEMPLATES[name])
+        text = re.sub(r"{%- if tools -%}.*?{%- endfor -%}.*?{%- endif -%}", "", now, count=1)
+        assert text != now
+        assert templates.named(text) == name
+    earlier = text.replace(
         "{%- if '</think>' not in content and not content.startswith('<think>') -%}",
         "{%- if '</think>' not in content -%}",
     )
-    assert text != templates.jinja(TEMPLATES["v3.1"])
-    assert templates.named(text) == "v3.1"
+    assert earlier != text
+    assert templates.named(earlier) == "v3.1"

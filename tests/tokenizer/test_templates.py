@@ -18,6 +18,11 @@ ANSWER = {"role": "assistant", "content": "<think>\nsum</think>4"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
 OUTPUT = {"role": "tool", "content": "4"}
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "it's {{ b }}\n", "parameters": {"ä": [1, "好"]}}},
+    {"type": "function", "function": {"name": "now", "strict": True, "description": None}},
+    {"type": "function", "function": {"name": "get_weather-2.0", "description": "", "parameters": {}}},
+]  # fmt: skip
 WORDS = ["hi", "好。", " a  b", "1+1=2\n", "\n\n x", "", "  ", "12345", "ü 🙂", "... ok?", "'quoted' {{ braces }}"]
 
 
@@ -72,7 +77,9 @@ def test_ids_equal_transformers_on_the_saved_folder_for_200_conversations(name, 
         messages, prompt = conversation(rng, name), rng.random() < 0.5
         thinking = rng.choice([None, *TEMPLATES[name].openings])
         said = {} if thinking is None else {"thinking": thinking}
-        rendered = render(messages, ours, prompt, thinking=thinking)
+        tools = TOOLS[: rng.randrange(4)] if TEMPLATES[name].tools else []
+        rendered = render(messages, ours, prompt, thinking=thinking, tools=tools)
+        said |= {"tools": tools or None}
         text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False, **said)
         ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False, **said)
         assert rendered.ids == ids == library.encode(text, add_special_tokens=False).ids, (messages, text)

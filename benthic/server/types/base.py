@@ -111,7 +111,9 @@ class Within:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         json_schema = handler(schema)
-        kind = json_schema.get("type", "object")
+        kind = json_schema.get("type")
+        if kind is None:  # a choice of shapes, each with bounds of its own
+            return json_schema
         low, high, meaning = LIMITS[self.name]
         names = {
             "string": ("minLength", "maxLength"),

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from benthic.server.types.base import TAG, JsonSchema, JsonWithin, Strict, Within, fault, short
 from benthic.server.types.sampling import NO_EFFECT, NOTHING, Sampling
+from benthic.tokenizer.tools import NAME
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -133,8 +134,8 @@ class Function(Strict):
 
     @model_validator(mode="after")
     def _plain_name(self) -> Self:
-        if not (self.name.isascii() and self.name.replace("_", "a").replace("-", "a").isalnum()):
-            raise fault("use letters, digits, _ and -", "name")
+        if not NAME.fullmatch(self.name):
+            raise fault("use 1 to 64 of A-Z a-z 0-9 _ . -", "name")
         return self
 
 
@@ -229,7 +230,7 @@ class ChatRequest(Sampling, Conversation):
     tool_choice: ToolChoice | None = None
     """none, auto (where there are tools), required, or one function by name."""
     parallel_tool_calls: bool = True
-    """False ends the answer after its first tool call."""
+    """False: nothing after the first tool call counts."""
     echo: bool = False
     """With continue_final_message: begin the answer with the message that it continues."""
 

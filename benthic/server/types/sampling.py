@@ -36,9 +36,8 @@ def _as_list(value: Any) -> Any:
 
 
 StopString = Annotated[str, Within("stop_characters")]
-Stop = Annotated[
-    list[StopString], Within("stop"), BeforeValidator(_as_list, json_schema_input_type=str | list[StopString])
-]
+StopStrings = Annotated[list[StopString], Within("stop")]
+Stop = Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)]
 TokenId = Annotated[int, Ge(int(LIMITS["token"].low)), Le(int(LIMITS["token"].high))]  # there are many: in Rust
 Bias = Annotated[float, Within("bias")]
 

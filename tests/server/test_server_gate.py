@@ -1,17 +1,17 @@
 """The gate: who may ask, from where, and how much. With raw bytes where a client library would tidy them up."""
 
+import contextlib
 import time
 
 import openai
 import pytest
 
-from benthic.base.errors import InputError
-from benthic.server import auth, static
+from benthic.server import gate, listener, static
 from benthic.server.app import routes
-from benthic.server.config import ServeConfig
 from benthic.server.limits import LIMITS
 
 KEY = "sk-right"
+HELLO = [{"role": "user", "content": "hello"}]
 
 
 def exchange(raw, port, *lines, body=b""):
@@ -73,14 +73,6 @@ def test_the_openai_client_sees_a_wrong_key_as_401(locked):
     assert caught.value.code == "invalid_api_key"
 
 
-def test_keys_are_compared_by_digest_in_constant_time(locked, monkeypatch):
-    seen = []
-    compare = auth.hmac.compare_digest
-    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b))
-    assert locked.http.get("/version", headers={"authorization": "Bearer x"}).status_code == 401
-    assert seen == [(32, 32)]
-
-
 FOREIGN = [
     "evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil", "", "127.0.0.1@evil.example",
     "0x7f000001", "192.168.0.1", "[fe80::1]", "user@",
@@ -130,55 +122,52 @@ def test_a_public_server_answers_to_any_name_that_has_the_key(launch, raw):
     assert exchange(raw, port, *lines)[0] == 401
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "model.example"])
-def test_without_a_key_a_host_that_others_reach_is_refused(host, monkeypatch):
-    monkeypatch.delenv("BENTHIC_API_KEY", raising=False)
-    with pytest.raises(InputError, match="BENTHIC_API_KEY"):
-        auth.read_key(ServeConfig(model="m", host=host))
-    monkeypatch.setenv("BENTHIC_API_KEY", "k")
-    assert auth.read_key(ServeConfig(model="m", host=host)) == "k"
+ORIGIN = {"origin": "https://app.example"}
+ASKS = {**ORIGIN, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.9.9.9"])
-def test_on_loopback_no_key_is_needed(host, monkeypatch):
-    monkeypatch.delenv("BENTHIC_API_KEY", raising=False)
-    assert auth.read_key(ServeConfig(model="m", host=host)) == ""
+def test_a_page_of_an_allowed_origin_may_ask_and_read(launch):
+    server = launch(key=KEY, origins=("https://app.example",))
+    answer = server.http.options("/v1/chat/completions", headers=ASKS)
+    assert answer.status_code == 204
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert answer.headers["access-control-allow-headers"] == "authorization"
+    for key, status in ((KEY, 200), ("wrong", 401)):
+        answer = server.http.get("/v1/models", headers={**ORIGIN, "authorization": f"Bearer {key}"})
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        assert answer.headers["vary"] == "origin"
 
 
-def test_the_key_comes_from_flag_then_file_then_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("BENTHIC_API_KEY", "from-env")
-    file = tmp_path / "key"
-    file.write_text("from-file\nnot this\n")
-    assert auth.read_key(ServeConfig(model="m")) == "from-env"
-    assert auth.read_key(ServeConfig(model="m", api_key_file=str(file))) == "from-file"
-    assert auth.read_key(ServeConfig(model="m", api_key_file=str(file), api_key="from-flag")) == "from-flag"
+@pytest.mark.parametrize("origin", ["https://app.example.evil", "http://app.example", "https://APP.example", "null"])
+def test_a_page_of_any_other_origin_gets_nothing(launch, origin):
+    server = launch(key=KEY, origins=("https://app.example",))
+    headers = {**ASKS, "origin": origin, "authorization": f"Bearer {KEY}"}
+    for method in ("OPTIONS", "GET"):
+        answer = server.http.request(method, "/v1/models", headers=headers)
+        assert answer.status_code == 403
+        assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_a_key_that_cannot_be_used_is_an_error(tmp_path):
-    (tmp_path / "empty").write_text("\n")
-    for config in (
-        ServeConfig(model="m", api_key="schlüssel"),
-        ServeConfig(model="m", api_key="a\nb"),
-        ServeConfig(model="m", api_key_file=str(tmp_path / "empty")),
-        ServeConfig(model="m", api_key_file=str(tmp_path / "missing")),
-    ):
-        with pytest.raises(InputError):
-            auth.read_key(config)
+def test_without_allowed_origins_there_is_no_cors(locked):
+    answer = locked.http.options("/v1/models", headers={**ASKS, "origin": locked.url})
+    assert answer.status_code == 401
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_the_key_is_not_in_the_configs_text():
-    assert "sk-secret" not in repr(ServeConfig(model="m", api_key="sk-secret"))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"port": 65536}, {"port": -1}, {"max_num_seqs": 0}, {"max_queued_requests": -1}, {"shutdown_timeout": -1.0},
-     {"shutdown_timeout": float("nan")}, {"shutdown_timeout": float("inf")}, {"max_model_len": -1}, {"host": ""},
-     {"request_timeout": 0.0}, {"request_timeout": float("inf")}],
-)  # fmt: skip
-def test_options_out_of_range_are_named(fields):
-    with pytest.raises(InputError, match=next(iter(fields))):
-        ServeConfig(model="m", **fields)
+def test_all_bodies_together_are_bounded(launch, raw, monkeypatch, eventually):
+    monkeypatch.setattr(gate, "LIMITS", {**LIMITS, "all_body_bytes": LIMITS["all_body_bytes"]._replace(high=1000)})
+    server = launch()
+    held = server.server.config.app
+    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Length: 900")
+    waiting = raw(server.port, "\r\n".join([*lines, "", ""]).encode() + b" " * 800)
+    assert eventually(lambda: held._held == 800)
+    status, answer = exchange(raw, server.port, *lines, body=b" " * 900)
+    assert status == 503
+    assert b"retry-after" in answer.lower()
+    waiting.close()
+    assert eventually(lambda: held._held == 0)
+    assert exchange(raw, server.port, *lines, body=b" " * 900)[0] == 400
 
 
 def test_a_body_over_the_limit_is_413_whether_announced_or_not(shared, raw):
@@ -198,13 +187,53 @@ def test_headers_over_the_limit_are_431(shared):
     assert server.http.get("/health", headers=many).status_code == 431
 
 
+def short(name, seconds):
+    return {**LIMITS, name: LIMITS[name]._replace(high=seconds)}
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "data"), [(b"", b""), (b"", b"GET"), (b"", HEALTH[:-2]), (HEALTH, b"GET"), (HEALTH, HEALTH[:-2])]
+)
+def test_a_head_that_never_ends_costs_its_client_the_connection(shared, raw, monkeypatch, before, data):
+    monkeypatch.setattr(listener, "LIMITS", short("head_seconds", 0.2))
+    connection = raw(shared.port, before)
+    answer = b""
+    while before and not answer.endswith(b"}"):
+        answer += connection.recv(4096)
+    connection.sendall(data)
+    start = time.monotonic()
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(4096) == b""
+    assert time.monotonic() - start < 9  # far below the limits that were not lowered
+
+
+def test_an_answer_may_take_longer_than_a_head(launch, engine, raw, monkeypatch):
+    monkeypatch.setattr(listener, "LIMITS", short("head_seconds", 0.1))
+    engine.script, engine.pause = [65] * 50, 0.01
+    assert launch().client.chat.completions.create(model="tiny", messages=HELLO).usage.completion_tokens == 50
+
+
+def test_connections_beyond_the_limit_are_closed_and_the_others_live(launch, raw, monkeypatch, eventually):
+    monkeypatch.setattr(listener, "most_connections", lambda: 5)
+    server = launch()
+    held = [raw(server.port) for _ in range(5)]
+    assert eventually(lambda: len(server.server.server_state.connections) == 5)
+    with contextlib.suppress(ConnectionResetError):
+        assert raw(server.port, HEALTH).recv(100) == b""
+    held[0].sendall(HEALTH)
+    assert held[0].recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_headers_without_end_are_refused_and_cost_nothing(shared, raw):
     connection = raw(shared.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 200_000)
     assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
 def test_a_body_that_never_comes_times_out(shared, raw, monkeypatch):
-    monkeypatch.setattr(auth, "LIMITS", {**LIMITS, "body_seconds": LIMITS["body_seconds"]._replace(high=0.2)})
+    monkeypatch.setattr(gate, "LIMITS", {**LIMITS, "body_seconds": LIMITS["body_seconds"]._replace(high=0.2)})
     start = time.monotonic()
     lines = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Length: 10")
     assert exchange(raw, shared.port, *lines, body=b"{")[0] == 408
