@@ -234,6 +234,26 @@ def test_export_and_import_carry_conversations_to_another_browser(server, visit,
         other.set_input_files("#file", file)
         until(other, "document.querySelector('#toast').innerText.startsWith('Not imported')")
     assert other.locator("#list .title").count() == 1
+    other.press("#prompt", "Alt+KeyS")
+    other.click("#clear")
+    assert other.locator("#list .title").count() == 0
+    other.click("#toast-action")  # it can be reached while the panel is open
+    until(other, "document.querySelectorAll('#list .title').length === 1")
+
+
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(server, visit):
+    page = visit(server)
+    server.say("word " * 2000, pause=0.005)
+    page.fill("#prompt", "go")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".assistant .plain")
+    page.locator("#list .title").press("Delete")
+    page.wait_for_timeout(300)
+    assert page.locator("#list .title").count() == 0
+    assert not server.engine.running
+    page.reload()
+    ready(page)
+    assert page.locator("#list .title").count() == 0
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(launch, visit, ask):

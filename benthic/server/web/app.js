@@ -1,7 +1,7 @@
 // The page: conversations at the side, the open one, and what keys and buttons do.
 
 import { Failure, key, model as askModel } from "/web/api.js";
-import { Chat, toEnd } from "/web/chat.js";
+import { Chat, stop, toEnd } from "/web/chat.js";
 import { speak, t } from "/web/i18n.js";
 import { button, make } from "/web/message.js";
 import { Settings, showKeys, tell } from "/web/panels.js";
@@ -50,6 +50,7 @@ function start() {
 async function remove(conversation) {
   const at = conversations.indexOf(conversation);
   conversations.splice(at, 1);
+  stop(conversation);
   if (current === conversation) start();
   showList();
   const removed = store.remove(conversation.id);
@@ -124,6 +125,7 @@ async function importFile(file) {
 async function clear() {
   const all = conversations;
   conversations = [];
+  all.forEach(stop);
   for (const one of all) await store.remove(one.id);
   start();
   settings.show();
@@ -183,6 +185,7 @@ function showState() {
 
 /** The chat says that something happened. */
 async function heard(conversation, what) {
+  if (what !== "answering" && !conversations.includes(conversation)) return; // deleted meanwhile
   if (!conversation.title) conversation.title = shortened(conversation.messages[0].content.trim().split("\n")[0]);
   const known = ["answering", "answered", "stopped"].includes(what);
   get("live").textContent = known ? t(what) : what;
@@ -263,12 +266,14 @@ const KEYS = {
 };
 
 document.addEventListener("keydown", (event) => {
+  const panel = document.querySelector("dialog[open]"); // it has its own keys
   const typing = event.target.matches("input, textarea, select");
-  if (event.altKey && !event.ctrlKey && !event.metaKey && KEYS[event.code]) KEYS[event.code]();
+  const known = KEYS[event.code] && (!panel || event.code === "KeyS");
+  if (event.altKey && !event.ctrlKey && !event.metaKey && known) KEYS[event.code]();
   else if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
-  else if (document.querySelector("dialog[open]")) return; // it has its own keys
+  else if (panel) return;
   else if (event.key === "Escape" && document.body.classList.contains("side")) showSide(false);
-  else if (event.key === "Escape" && chat.answering) chat.stop();
+  else if (event.key === "Escape" && chat.answering) stop(current);
   else if (event.key === "/" && !typing) prompt.focus();
   else if (event.key === "?" && !typing) get("help").showModal();
   else return;
@@ -276,7 +281,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 prompt.addEventListener("keydown", (event) => {
-  if (event.isComposing || event.altKey) return;
+  if (event.isComposing || event.keyCode === 229 || event.altKey) return; // 229: Safari ends a composition with it
   if (event.key === "Enter" && !event.shiftKey) send();
   else if (event.key === "ArrowUp" && !prompt.value) chat.edit();
   else return;
@@ -288,7 +293,7 @@ get("composer").addEventListener("submit", (event) => {
   send();
 });
 get("stop").addEventListener("click", () => {
-  chat.stop();
+  stop(current);
   prompt.focus();
 });
 get("think").addEventListener("click", think);

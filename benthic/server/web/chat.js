@@ -94,6 +94,11 @@ let pinned = true; // the reader is at the end and wants to stay there
 
 const atEnd = () => pinned;
 
+/** End the answer that a conversation is being given. */
+export function stop(conversation) {
+  running.get(conversation.id)?.control.abort();
+}
+
 /** Scroll to the end. */
 export function toEnd() {
   pinned = true;
@@ -185,11 +190,6 @@ export class Chat {
     return request;
   }
 
-  /** End the answer that is being given. */
-  stop() {
-    this.answering?.control.abort();
-  }
-
   /** Give the answer at `index` (the last, unless said) again, and forget what came after it. */
   again(index = this.conversation.messages.findLastIndex((message) => message.role === "assistant")) {
     if (index < 0 || this.answering) return;
@@ -219,7 +219,7 @@ export class Chat {
     cancel.addEventListener("click", close);
     form.addEventListener("keydown", (event) => {
       if (event.key === "Escape") close();
-      else if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.target === field) form.requestSubmit();
+      else if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229 && event.target === field) form.requestSubmit();
       else return;
       event.preventDefault();
       event.stopPropagation();
@@ -230,6 +230,7 @@ export class Chat {
       if (!text || this.answering) return;
       this.cut(index);
       this.send(text);
+      document.getElementById("prompt").focus();
     });
     const hidden = [...item.childNodes];
     item.replaceChildren(form);

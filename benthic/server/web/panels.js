@@ -11,6 +11,7 @@ const LENGTHS = [0, ...Array.from({ length: 13 }, (_, power) => 16 * 2 ** power)
 /** Show a line of news, with an action where there is something to take back. */
 export function tell(text, label = "", action = null) {
   clearTimeout(tell.timer);
+  (document.querySelector("dialog[open]") ?? document.body).append(get("toast")); // what is behind a panel is inert
   get("toast-text").textContent = get("live").textContent = text;
   get("toast-action").textContent = label;
   get("toast-action").hidden = !action;
@@ -49,7 +50,6 @@ export class Settings {
       this.show();
       spoken();
     });
-    this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
   }
 
   open(field = "") {
@@ -109,4 +109,7 @@ export function showKeys(thinking) {
   get("keys").replaceChildren(...pairs);
 }
 
-get("help").addEventListener("click", (event) => event.target === get("help") && get("help").close());
+for (const panel of [get("help"), get("settings")]) {
+  panel.addEventListener("click", (event) => event.target === panel && panel.close());
+  panel.addEventListener("close", () => document.body.append(get("toast")));
+}
