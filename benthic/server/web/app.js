@@ -36,7 +36,7 @@ setInterval(() => {
 
 async function open(conversation) {
   current = conversation;
-  document.body.classList.remove("side");
+  hideSide();
   await chat.open(conversation);
   showAll();
 }
@@ -241,12 +241,21 @@ function think() {
   settingsChanged();
 }
 
-function showSide(shown) {
-  document.body.classList.toggle("side", shown);
-  get("show").ariaExpanded = String(shown);
-  get("veil").hidden = !shown;
-  if (shown) (get("list").querySelector("button") ?? get("new")).focus();
-  else if (document.activeElement.closest("#side")) prompt.focus();
+// On a narrow screen the side lies over the conversation.
+
+function showSide() {
+  document.body.classList.add("side");
+  get("show").ariaExpanded = "true";
+  get("veil").hidden = false;
+  (get("list").querySelector("button") ?? get("new")).focus();
+}
+
+function hideSide() {
+  if (!document.body.classList.contains("side")) return;
+  document.body.classList.remove("side");
+  get("show").ariaExpanded = "false";
+  get("veil").hidden = true;
+  if (document.activeElement.closest("#side")) get("show").focus();
 }
 
 function move(step) {
@@ -272,7 +281,7 @@ document.addEventListener("keydown", (event) => {
   if (event.altKey && !event.ctrlKey && !event.metaKey && known) KEYS[event.code]();
   else if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   else if (panel) return;
-  else if (event.key === "Escape" && document.body.classList.contains("side")) showSide(false);
+  else if (event.key === "Escape" && document.body.classList.contains("side")) hideSide();
   else if (event.key === "Escape" && chat.answering) stop(current);
   else if (event.key === "/" && !typing) prompt.focus();
   else if (event.key === "?" && !typing) get("help").showModal();
@@ -298,9 +307,9 @@ get("stop").addEventListener("click", () => {
 });
 get("think").addEventListener("click", think);
 get("new").addEventListener("click", start);
-get("show").addEventListener("click", () => showSide(true));
-get("hide").addEventListener("click", () => showSide(false));
-get("veil").addEventListener("click", () => showSide(false));
+get("show").addEventListener("click", showSide);
+get("hide").addEventListener("click", hideSide);
+get("veil").addEventListener("click", hideSide);
 get("bottom").addEventListener("click", toEnd);
 get("open-settings").addEventListener("click", () => settings.open());
 get("open-help").addEventListener("click", () => get("help").showModal());

@@ -37,8 +37,7 @@ class Answering {
       cancelAnimationFrame(this.frame);
     }
     this.draw();
-    this.times.last ??= this.times.first ??= performance.now();
-    this.message.stats = measure(usage, this.times);
+    this.message.stats = this.times.first ? measure(usage, this.times) : {};
     if (error) this.message.error = error;
     running.delete(this.conversation.id);
     const finished = this.view?.finish(error);
