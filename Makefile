@@ -1,5 +1,6 @@
 # make demo   train a small reasoning model here, from raw text, in minutes on a CPU
 # make test   the fast tests         make test-long   the long ones too
+# make test-ui   the web chat in a Chromium that is installed (Debian: apt-get install chromium)
 # make check  lint and types         make docs        regenerate docs/paper.md
 # make bench  every benchmark that this machine can run
 #
@@ -15,7 +16,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PACKAGE := $(shell find benthic -name '*.py')
 
-.PHONY: demo test test-long check docs bench
+.PHONY: demo test test-long test-ui check docs bench
 
 demo: $(VENV)/.server
 	$(VENV)/bin/benthic demo $(ARGS)
@@ -25,6 +26,9 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m ""
+
+test-ui: $(VENV)/.ui
+	$(VENV)/bin/python -m pytest -m ui tests/ui
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -55,3 +59,7 @@ $(VENV)/.server: pyproject.toml | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	$(PIP) install --quiet -e ".[dev]"
 	@touch $@ $(VENV)/.server
+
+$(VENV)/.ui: pyproject.toml | $(VENV)/.dev
+	$(PIP) install --quiet -e ".[ui]"
+	@touch $@

@@ -13,7 +13,11 @@ from benthic.base.errors import InputError, Interrupted
 from benthic.base.signals import leave_to_rank_0
 
 try:
-    import uvicorn  # noqa: F401  (here only to fail with the fix)
+    import latex2mathml  # noqa: F401  (these are here only to fail with the fix)
+    import markdown_it  # noqa: F401
+    import nh3  # noqa: F401
+    import pygments  # noqa: F401
+    import uvicorn  # noqa: F401
     from fastapi import FastAPI
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
@@ -25,7 +29,7 @@ except ModuleNotFoundError as missing:
 from benthic.inference.config import EngineConfig, StructuredOutputsParams
 from benthic.inference.llm import LLM
 from benthic.parallel.ranks import follows
-from benthic.server import about, generate, metrics, tokens
+from benthic.server import about, generate, metrics, render, static, tokens
 from benthic.server.access import AccessLog, Decode, writer
 from benthic.server.config import ServeConfig
 from benthic.server.errors import ApiError
@@ -127,7 +131,7 @@ def build(
     keys: Keys,
     more: Sequence[BaseRoute] = (),
     *,
-    open_paths: Sequence[bytes] = (*OPEN_PATHS, b"/"),
+    open_paths: Sequence[bytes] = (*OPEN_PATHS, *static.paths()),
     origins: Sequence[str] = (),
     engine: Any = None,
     write: Callable[[str], object] | None = None,
@@ -151,7 +155,8 @@ def build(
 
 def routes(service: Service, more: Sequence[BaseRoute] = ()) -> list[BaseRoute]:
     """Every route of the server."""
-    all: list[BaseRoute] = [*about.routes(service), *generate.routes(service), *tokens.routes(service), *more]
+    all: list[BaseRoute] = [*about.routes(service), *generate.routes(service), *tokens.routes(service)]
+    all += [*render.routes(), *static.routes(), *more]
 
     async def openapi() -> Response:
         """The schema of every route."""

@@ -69,5 +69,10 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "choice": Limit(1, 1024, "texts to choose the answer from"),
         "choice_characters": Limit(1, 1024, "characters of one text to choose"),
         "tokens": Limit(0, 2**20, "tokens to turn into text"),
+        "render_texts": Limit(1, 256, "texts of one request to /render"),
+        "render_characters": Limit(0, 32 * 1024, "characters of all texts of one request to /render"),
+        "render_waiting": Limit(0, 32, "requests to /render that wait for their turn"),
+        "formula_characters": Limit(1, 2048, "characters of one formula; a longer one is shown as it is written"),
+        "formula_lines": Limit(1, 64, "lines of one formula; a longer one is shown as it is written"),
     }
 )

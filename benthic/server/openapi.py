@@ -8,6 +8,7 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 from starlette.routing import BaseRoute, Route
 
+from benthic.server import static
 from benthic.server.about import version
 from benthic.server.types import replies
 from benthic.server.types.chat import ChatRequest
@@ -16,7 +17,7 @@ from benthic.server.types.replies import ErrorReply
 from benthic.server.types.tokens import DetokenizeRequest, TokenizeChat, TokenizeText
 
 STREAMS = {"/v1/chat/completions": "ChatChunk", "/v1/completions": "CompletionReply"}
-OPEN = ("/health", "/")
+OPEN = ("/health", *(path.decode() for path in static.paths()))
 SECURITY: list[dict[str, list[str]]] = [{"key": []}]
 REF = "#/components/schemas/"
 

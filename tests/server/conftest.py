@@ -87,10 +87,12 @@ class FakeEngine:
     def delta(self, request_id, request, token, said, reason):
         """Token number i has log-probability -(i + 1); the likeliest tokens are 0, 1, 2, ... with -0.5 each."""
         params, prompt = request.params, request.prompt_token_ids
-        places = [None, *(PromptPlace(-0.25 * i, i, top(params.prompt_logprobs)) for i in range(1, len(prompt)))]
+        places = None
+        if not said and params.prompt_logprobs >= 0:
+            places = [None, *(PromptPlace(-0.25 * i, i, top(params.prompt_logprobs)) for i in range(1, len(prompt)))]
         return Delta(
             request_id, [token], [-1.0 - said], reason, [top(params.logprobs)] if params.logprobs else [], self.cached,
-            None if said or params.prompt_logprobs < 0 else places,
+            places,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 import jsonschema
 import pytest
 
+from benthic.server import static
 from benthic.server.app import routes
 from benthic.server.limits import LIMITS
 from benthic.server.types.chat import ChatRequest
@@ -34,7 +35,11 @@ def answer_of(schema, path, status="200", kind="application/json", method="post"
 
 def test_every_route_is_in_it_with_replies_and_errors(shared, schema):
     assert {route.path_format for route in routes(shared.service)} <= set(schema["paths"])
+    pages = {path.decode() for path in static.paths()}
+    assert pages <= set(schema["paths"])
     for path, operations in schema["paths"].items():
+        if path in pages:
+            continue  # files, which have no types
         for method, operation in operations.items():
             assert operation["summary"]
             errors = set(operation["responses"]) - {"200"}
