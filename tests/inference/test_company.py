@@ -91,7 +91,7 @@ def pages_found_by_their_own_tokens_alone(patched: pytest.MonkeyPatch) -> None:
 
 def whole_prompts_found(patched: pytest.MonkeyPatch) -> None:
     find = PagePool.find
-    patched.setattr(PagePool, "find", lambda pool, ids, salt: find(pool, [*ids, 0], salt))
+    patched.setattr(PagePool, "find", lambda pool, ids, salt, most: find(pool, [*ids, 0], salt, most + 1))
 
 
 def pages_found_after_the_weights_have_changed(patched: pytest.MonkeyPatch) -> None:
