@@ -23,7 +23,10 @@ from benthic.jobs.config import DoctorConfig
 Status = Literal["ok", "note", "broken"]  # a note costs a feature, broken costs the run
 PORT = 8000
 NEEDED = "torch numpy safetensors tokenizers tiktoken rensa pyarrow tyro rich tensorboard matplotlib jinja2".split()
-OPTIONAL = {"fastapi": "benthic[server]", "uvicorn": "benthic[server]"}
+OPTIONAL = dict.fromkeys(
+    ("fastapi", "pydantic", "uvicorn", "prometheus-client", "markdown-it-py", "pygments", "latex2mathml", "nh3"),
+    "benthic[server]",
+)
 LANDLOCK_CREATE_RULESET, LANDLOCK_VERSION = 444, 1  # system call number (the same on x86-64 and arm64), flag
 
 

@@ -10,6 +10,8 @@ from benthic.kernels import mla_decode, moe, route
 from benthic.kernels.latent import empty_latents
 from benthic.kernels.moe import ExpertWeights
 
+pytestmark = pytest.mark.usefixtures("one_order")
+
 CUTS = [(0, 1), (4, 5), (1, 6), (2, 19)]
 
 

@@ -8,6 +8,8 @@ pytest.importorskip("triton", reason="needs triton")
 from benthic.kernels.gemv import linear as fastest
 from benthic.kernels.matmul_fixed import Tiles, linear, products, products_ref
 
+pytestmark = pytest.mark.usefixtures("one_order")
+
 SMALL = Tiles(tokens=64, outputs=32, depth=16, stretch=64)
 
 

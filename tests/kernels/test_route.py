@@ -11,6 +11,8 @@ from benthic.kernels.route import Tiles, add_norm_logits, add_norm_logits_ref, c
 from benthic.model.config import ModelConfig
 from benthic.model.gate import Gate
 
+pytestmark = pytest.mark.usefixtures("one_order")
+
 EPS = 0.0
 ROWS, TILES = Tiles(rows_block=32), Tiles(rows_max=0, tile_experts=16, tile_block=32)
 PUBLISHED = {  # scaled down: family member -> experts, groups, kept groups, K, method, scoring, normalised
